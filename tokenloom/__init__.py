@@ -1,0 +1,85 @@
+"""tokenloom: turn media into tokens, model the tokens with one transformer, turn predicted tokens back into media.
+
+Importing the package loads nothing but this file. Every public name below is imported from its module on first use, so
+that `import tokenloom` and `tokenloom --help` do not pay for torch and diffusers.
+
+`ModelMixin` is diffusers' own class. It stands here because diffusers decides how to save and load a component of a
+foreign library by looking that name up beside the component's class.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Generator": "tokenloom.generators.base",
+    "Guidance": "tokenloom.generators.sampling",
+    "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
+    "Layout": "tokenloom.layouts",
+    "ModelMixin": "diffusers",
+    "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
+    "NextTokenGenerator": "tokenloom.generators.next_token",
+    "Order": "tokenloom.generators.orders",
+    "Sampling": "tokenloom.generators.sampling",
+    "TextToImagePipeline": "tokenloom.pipelines.text_to_image",
+    "Tokenizer": "tokenloom.tokenizers.base",
+    "TokenloomError": "tokenloom.errors",
+    "WordTokenizer": "tokenloom.tokenizers.text",
+}
+_MODULES = {"models": "tokenloom.models", "orders": "tokenloom.generators.orders"}
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin as ModelMixin
+
+    from tokenloom import models as models
+    from tokenloom.errors import TokenloomError as TokenloomError
+    from tokenloom.generators import orders as orders
+    from tokenloom.generators.base import Generator as Generator
+    from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
+    from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
+    from tokenloom.generators.orders import Order as Order
+    from tokenloom.generators.sampling import Guidance as Guidance
+    from tokenloom.generators.sampling import Sampling as Sampling
+    from tokenloom.layouts import Layout as Layout
+    from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
+    from tokenloom.tokenizers.base import Tokenizer as Tokenizer
+    from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
+    from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
+
+__all__ = [
+    "Generator",
+    "Guidance",
+    "ImageVQTokenizer",
+    "Layout",
+    "ModelMixin",
+    "NextNeighborGenerator",
+    "NextTokenGenerator",
+    "Order",
+    "Sampling",
+    "TextToImagePipeline",
+    "Tokenizer",
+    "TokenloomError",
+    "WordTokenizer",
+    "__version__",
+    "models",
+    "orders",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module on first use (PEP 562)."""
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    elif name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    else:
+        raise AttributeError(f"module 'tokenloom' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS, *_MODULES})
