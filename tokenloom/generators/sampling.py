@@ -1,0 +1,394 @@
+"""Sampling: from logits to tokens, with filters, guidance, and noise that depends on (seed, position, id) alone.
+
+A token is ``argmax(filtered logits / temperature + gumbel(seed, position, id))``: an exact draw from the softmax, with no
+stream of random numbers, so a sample does not change with the batch it is drawn in or with the way it is decoded. This
+module does not know models, orders or steps; a caller resolves schedules with `at(progress)` first.
+
+Legend: B samples, n positions drawn together, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenloom.errors import TokenloomError, unknown_name
+from tokenloom.rng import gumbel
+
+Schedule = Callable[[float], float]  # progress in [0, 1] -> value
+
+_NUCLEUS = ("descending", "ascending")
+# Masses are summed in float64; differences below this are rounding, so that a sum that equals the threshold in exact
+# arithmetic is treated alike everywhere.
+_MASS_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from logits: temperature, then top-k, then top-p.
+
+    Attributes:
+        temperature: At least 0; 0 is greedy (the lowest id among equal maxima). A number or a `Schedule`.
+        top_k: Keep the k best ids and all that tie with the k-th; 0 keeps all. An int or a `Schedule`.
+        top_p: In (0, 1]; 1 keeps all. Applied to the softmax at this temperature of what top-k left. A number or a
+            `Schedule`. Among equal logits lower ids count as more probable.
+        nucleus: Where top-p cuts. "descending" (Hugging Face, LlamaGen): drop an id when the mass of the better ones
+            exceeds top_p, so the first id above the threshold is kept. "ascending" (VAR): drop an id when its own mass
+            and that of the worse ones together are at most 1 - top_p. Both keep the best id.
+
+    Raises:
+        TokenloomError: For values outside these ranges.
+
+    Example:
+        >>> Sampling(temperature=lambda progress: 1.0 - 0.5 * progress, top_k=100).at(1.0).temperature
+        0.5
+    """
+
+    temperature: float | Schedule = 1.0
+    top_k: int | Callable[[float], int] = 0
+    top_p: float | Schedule = 1.0
+    nucleus: Literal["descending", "ascending"] = "descending"
+
+    def __post_init__(self) -> None:
+        """Checks every field that is not a schedule."""
+        if self.nucleus not in _NUCLEUS:
+            raise unknown_name("nucleus rule", self.nucleus, _NUCLEUS)
+        if not callable(self.temperature):
+            object.__setattr__(self, "temperature", _temperature(self.temperature))
+        if not callable(self.top_k):
+            object.__setattr__(self, "top_k", _top_k(self.top_k))
+        if not callable(self.top_p):
+            object.__setattr__(self, "top_p", _top_p(self.top_p))
+
+    @property
+    def resolved(self) -> bool:
+        """Whether no field is a schedule."""
+        return not (callable(self.temperature) or callable(self.top_k) or callable(self.top_p))
+
+    def at(self, progress: float) -> Sampling:
+        """Replaces every schedule by its value.
+
+        Args:
+            progress: How far generation has come, in [0, 1]: step / (steps - 1).
+
+        Returns:
+            A `Sampling` of plain numbers; itself if it holds no schedule.
+
+        Raises:
+            TokenloomError: If progress or a scheduled value is out of range.
+        """
+        progress = _progress(progress)
+        if self.resolved:
+            return self
+        temperature = self.temperature(progress) if callable(self.temperature) else self.temperature
+        top_k = self.top_k(progress) if callable(self.top_k) else self.top_k
+        top_p = self.top_p(progress) if callable(self.top_p) else self.top_p
+        return Sampling(temperature, top_k, top_p, self.nucleus)
+
+    def filter(self, logits: Tensor) -> Tensor:
+        """Removes the ids that may not be drawn.
+
+        Args:
+            logits: (..., V); -inf marks forbidden ids.
+
+        Returns:
+            float32 (..., V): the logits, not divided by the temperature, with -inf in place of removed ids. At
+            temperature 0 only the best id is left.
+
+        Raises:
+            TokenloomError: If a field is a schedule, or the logits are unusable (see `sample_tokens`).
+        """
+        temperature, top_k, top_p = _numbers(self)
+        logits, best = _checked(logits, check=True)
+        if temperature == 0:
+            keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(
+                -1, logits.argmax(-1, keepdim=True), True
+            )
+            return logits.masked_fill(~keep, -torch.inf)
+        if 0 < top_k < logits.shape[-1]:
+            threshold = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
+        return _apply_nucleus(logits, (logits - best).div_(_divisor(temperature)), top_p, self.nucleus)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: `guide` mixes conditional and unconditional logits with the scale of the step.
+
+    Attributes:
+        scale: The scale g; 1 is no guidance, and models then skip the unconditional forward.
+        schedule: "constant", "linear" (from `start` at progress 0 to `scale` at progress 1), or a function of progress
+            that returns the scale itself (`scale` and `start` then keep their defaults).
+        start: Scale at progress 0 of the linear schedule.
+        interval: Progress range (both ends included) in which guidance is on; outside the scale is 1.
+
+    Raises:
+        TokenloomError: For values that are not finite, or an interval outside [0, 1].
+
+    Example:
+        >>> Guidance(4.0, schedule="linear").at(0.5)
+        2.5
+    """
+
+    scale: float = 1.0
+    schedule: Literal["constant", "linear"] | Schedule = "constant"
+    start: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Checks the fields and makes them plain and hashable."""
+        object.__setattr__(self, "scale", _finite("guidance scale", self.scale))
+        object.__setattr__(self, "start", _finite("guidance start", self.start))
+        if callable(self.schedule):
+            if (self.scale, self.start) != (1.0, 1.0):
+                raise TokenloomError(
+                    f"A guidance function returns the scale itself, got also scale={self.scale}, start={self.start}. "
+                    "Leave both out."
+                )
+        elif self.schedule not in ("constant", "linear"):
+            raise unknown_name("guidance schedule", self.schedule, ("constant", "linear"))
+        try:
+            low, high = (float(end) for end in self.interval)
+        except (TypeError, ValueError):
+            raise TokenloomError(
+                f"A guidance interval is a pair such as (0.0, 1.0), got {self.interval!r}."
+            ) from None
+        if not 0 <= low <= high <= 1:
+            raise TokenloomError(
+                f"A guidance interval must satisfy 0 <= low <= high <= 1, got {self.interval!r}."
+            )
+        object.__setattr__(self, "interval", (low, high))
+
+    @classmethod
+    def of(cls, value: float | Schedule | Guidance) -> Guidance:
+        """Takes a scale, a function of progress, or a `Guidance` (returned as it is)."""
+        if isinstance(value, Guidance):
+            return value
+        return cls(schedule=value) if callable(value) else cls(scale=value)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any step may need the unconditional branch."""
+        if callable(self.schedule):
+            return True
+        return self.scale != 1.0 or (self.schedule == "linear" and self.start != 1.0)
+
+    def at(self, progress: float) -> float:
+        """The scale at a progress in [0, 1]; 1.0 means that the unconditional branch is not needed.
+
+        Raises:
+            TokenloomError: If progress is out of range, or a guidance function returns something that is not finite.
+        """
+        progress = _progress(progress)
+        if not self.interval[0] <= progress <= self.interval[1]:
+            return 1.0
+        if callable(self.schedule):
+            return _finite("guidance scale", self.schedule(progress))
+        if self.schedule == "linear":
+            return self.start + (self.scale - self.start) * progress
+        return self.scale
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Mixes two predictions: ``uncond + scale * (cond - uncond)``.
+
+    Args:
+        cond: Conditional logits or velocities, any shape, finite (forbid ids after guiding, not before).
+        uncond: Unconditional ones, same shape.
+        scale: The guidance scale; 1 returns `cond`.
+
+    Returns:
+        Same shape; at least float32.
+    """
+    if cond.dtype in (torch.bfloat16, torch.float16):
+        cond = cond.float()
+    if scale == 1:
+        return cond
+    uncond = uncond.to(cond.dtype)
+    return uncond + scale * (cond - uncond)
+
+
+def sample_tokens(
+    logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling | None = None, *, check: bool = True
+) -> Tensor:
+    """Draws one token for every sample and position.
+
+    Args:
+        logits: (B, n, V), any floating dtype; computed in float32. -inf marks forbidden ids.
+        seeds: LongTensor (B,), one seed per sample (`tokenloom.rng.as_seeds`).
+        positions: LongTensor (n,), layout index of each position, or (B, n) where samples are at different positions.
+        sampling: How to draw, without schedules; None is `Sampling()`.
+        check: Whether to look for unusable logits. This reads a flag back from the device: pass False inside a captured
+            graph, and check outside.
+
+    Returns:
+        LongTensor (B, n), on the device of the logits.
+
+    Raises:
+        TokenloomError: If shapes do not fit, a field of `sampling` is a schedule, or logits hold NaN, +inf, or nothing
+            but -inf for a position.
+
+    Example:
+        >>> sample_tokens(torch.zeros(1, 2, 4), torch.tensor([7]), torch.arange(2)).shape
+        torch.Size([1, 2])
+    """
+    sampling = Sampling() if sampling is None else sampling
+    temperature, top_k, top_p = _numbers(sampling)
+    _check_shapes(logits, seeds, positions)
+    logits, best = _checked(logits, check)
+    if temperature == 0:
+        return logits.argmax(-1)
+    vocabulary = logits.shape[-1]
+    ids = None  # (B, n, m) candidates in increasing id order; None is the whole vocabulary
+    if 0 < top_k < vocabulary:
+        if logits.device.type == "cpu":
+            logits, ids = _candidates(logits, top_k)
+        else:  # counting ties would wait for the device, so the noise of all ids is drawn; the tokens are the same
+            threshold = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
+    scaled = (logits - best).div_(_divisor(temperature))
+    scaled = _apply_nucleus(scaled, scaled, top_p, sampling.nucleus)
+    drawn_ids = torch.arange(vocabulary, device=logits.device) if ids is None else ids
+    rows = positions if positions.ndim == 2 else positions[None, :]
+    noisy = gumbel(seeds[:, None, None], rows[:, :, None], drawn_ids).add_(scaled)
+    choice = noisy.argmax(-1, keepdim=True)
+    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+def _candidates(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Picks what top-k keeps, ties with the k-th value included.
+
+    Args:
+        logits: float32 (B, n, V).
+        top_k: k, less than V.
+
+    Returns:
+        Logits (B, n, m) with -inf for what is not kept, and their ids (B, n, m), increasing. m > k if values tie.
+    """
+    values, ids = logits.topk(top_k + 1, sorted=False)
+    threshold = values.kthvalue(2, dim=-1, keepdim=True).values  # second smallest of the k + 1 best
+    tied = (values.amin(-1, keepdim=True) == threshold) & (threshold > -torch.inf)
+    if bool(tied.any()):
+        most = int((logits >= threshold).masked_fill_(~tied, False).sum(-1).amax())
+        ids = logits.topk(max(most, top_k + 1), sorted=False).indices
+    ids = ids.sort(-1).values
+    kept = logits.gather(-1, ids)
+    return kept.masked_fill_(kept < threshold, -torch.inf), ids
+
+
+def _apply_nucleus(logits: Tensor, scaled: Tensor, top_p: float, rule: str) -> Tensor:
+    """Sets to -inf what top-p drops from `logits`; `scaled` are the logits the masses are computed from, (..., V)."""
+    if top_p == 1:
+        return logits
+    ranked, places = scaled.sort(dim=-1, descending=True, stable=True)  # equal logits: lower id first
+    mass = ranked.to(torch.float64).softmax(-1)
+    if rule == "descending":
+        better = mass.cumsum(-1) - mass
+        drop = better > top_p + _MASS_TOLERANCE
+    else:
+        own_and_worse = mass.flip(-1).cumsum(-1).flip(-1)
+        drop = own_and_worse <= 1 - top_p + _MASS_TOLERANCE
+    drop[..., 0] = False
+    return logits.masked_fill(torch.empty_like(drop).scatter_(-1, places, drop), -torch.inf)
+
+
+def _checked(logits: Tensor, check: bool) -> tuple[Tensor, Tensor]:
+    """Returns float32 logits and the best one of each row (..., 1), after looking for unusable rows."""
+    if not logits.is_floating_point() or logits.ndim == 0 or logits.shape[-1] == 0:
+        raise TokenloomError(
+            f"Expected floating-point logits (..., V), got {logits.dtype} of shape {tuple(logits.shape)}."
+        )
+    logits = logits.float()
+    best = logits.amax(-1, keepdim=True)  # NaN and +inf spread to the maximum of their row
+    if check and not bool(best.isfinite().all()):
+        bad = ~best.isfinite()
+        row = bad.nonzero()[0, :-1].tolist()
+        value = best[bad][0].item()
+        what = (
+            "only -inf (every id is forbidden)"
+            if value == -math.inf
+            else ("NaN" if math.isnan(value) else "+inf")
+        )
+        raise TokenloomError(
+            f"Logits must be finite, or -inf for forbidden ids; got {what} in {int(bad.sum())} of {bad.numel()} "
+            f"positions, first at index {row}. Check the weights, the input codes and the dtype of the model."
+        )
+    return logits, best
+
+
+def _check_shapes(logits: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    if logits.ndim != 3:
+        raise TokenloomError(f"Expected logits (B, n, V), got shape {tuple(logits.shape)}.")
+    batch, count, _ = logits.shape
+    if tuple(seeds.shape) != (batch,):
+        raise TokenloomError(
+            f"Expected seeds ({batch},), one per sample, got {tuple(seeds.shape)}. Use tokenloom.rng.as_seeds."
+        )
+    if tuple(positions.shape) not in ((count,), (batch, count)):
+        raise TokenloomError(
+            f"Expected positions ({count},) or ({batch}, {count}), got {tuple(positions.shape)}."
+        )
+
+
+def _numbers(sampling: Sampling) -> tuple[float, int, float]:
+    """The three fields of a resolved `Sampling`."""
+    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
+    if callable(temperature) or callable(top_k) or callable(top_p):
+        raise TokenloomError("This Sampling holds a schedule. Resolve it first with sampling.at(progress).")
+    return temperature, top_k, top_p
+
+
+def _divisor(temperature: float) -> float:
+    """The temperature, kept above what float32 would flush to zero (0 / 0 is NaN)."""
+    return max(temperature, torch.finfo(torch.float32).tiny)
+
+
+def _finite(name: str, value: object) -> float:
+    """Checks a finite number."""
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TokenloomError(f"The {name} must be a number, got {value!r}.") from None
+    if not math.isfinite(number):
+        raise TokenloomError(f"The {name} must be finite, got {value!r}.")
+    return number
+
+
+def _temperature(value: object) -> float:
+    temperature = _finite("temperature", value)
+    if temperature < 0:
+        raise TokenloomError(f"The temperature must be at least 0, got {value!r}. Use 0 for greedy decoding.")
+    return temperature
+
+
+def _top_k(value: object) -> int:
+    fix = "Use a whole number from 1 up, or 0 to keep every id."
+    try:
+        top_k = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TokenloomError(f"top_k must be an integer, got {value!r}. {fix}") from None
+    if isinstance(value, bool) or top_k < 0:
+        raise TokenloomError(f"top_k must be an integer of at least 0, got {value!r}. {fix}")
+    return top_k
+
+
+def _top_p(value: object) -> float:
+    top_p = _finite("top_p", value)
+    if not 0 < top_p <= 1:
+        raise TokenloomError(f"top_p must be in (0, 1], got {value!r}. Use 1 to keep every id.")
+    return top_p
+
+
+def _progress(value: object) -> float:
+    progress = _finite("progress", value)
+    if not 0 <= progress <= 1:
+        raise TokenloomError(f"Progress must be in [0, 1], got {value!r}. Pass step / (steps - 1).")
+    return progress
