@@ -1,0 +1,395 @@
+"""The generator: one loop that feeds rows, reads logits, samples and commits, whatever the order.
+
+A subclass names its row plan (`tokenloom.generators.plans`); everything else is shared: teacher-forced logits, loss,
+guidance, sampling, kept positions, and the decode rungs. Knows nothing of pixels, waveforms or prompts.
+
+Legend: B samples, N positions, V vocabulary, P prefix rows, R rows, D width, J heads, S steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from tokenloom.errors import TokenloomError
+from tokenloom.generators import decoding
+from tokenloom.generators.conditions import make_condition
+from tokenloom.generators.orders import Order
+from tokenloom.generators.plans import RowPlan
+from tokenloom.generators.sampling import Guidance, Sampling, guide, sample_tokens
+from tokenloom.generators.transformer import Transformer, TransformerConfig
+from tokenloom.rng import as_seeds
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `on_step` receives after each step.
+
+    Attributes:
+        index: Step just finished, 0 to num_steps - 1.
+        num_steps: Steps in all.
+        codes: LongTensor (B, N) in layout order; positions not yet made hold 0. Do not write into it.
+        committed: BoolTensor (N,), true where `codes` is final.
+    """
+
+    index: int
+    num_steps: int
+    codes: Tensor
+    committed: Tensor
+
+
+class TokenTable(nn.Module):
+    """Token embeddings (V, D), optionally the sum of a vector a digit and a vector a code.
+
+    Codes of a scalar quantizer are numbers in mixed radix; neighbouring codes then share most of their vectors, which a
+    plain table would have to learn code by code.
+
+    Args:
+        vocab_size: Number of codes V.
+        width: Width D.
+        levels: Radix of each digit, least significant first; `None` for a plain table.
+    """
+
+    def __init__(self, vocab_size: int, width: int, levels: list[int] | None) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.codes.weight, std=0.02 if levels is None else 0.005)
+        self.levels = tuple(levels or ())
+        if levels:
+            if math.prod(levels) != vocab_size:
+                raise TokenloomError(
+                    f"code_levels {levels} multiply to {math.prod(levels)}, not to {vocab_size}."
+                )
+            self.digits = nn.Parameter(torch.randn(sum(levels), width) * 0.02 / len(levels) ** 0.5)
+            bases = [math.prod(levels[:index]) for index in range(len(levels))]
+            offsets = [sum(levels[:index]) for index in range(len(levels))]
+            ids = torch.arange(vocab_size)
+            places = [
+                ids // base % level + offset
+                for base, level, offset in zip(bases, levels, offsets, strict=True)
+            ]
+            self.register_buffer("places", torch.stack(places, dim=1), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (V, D)."""
+        if not self.levels:
+            return self.codes.weight
+        return self.codes.weight + F.embedding(self.places, self.digits).sum(1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Embeddings (..., D) of codes (...)."""
+        if not self.levels:
+            return self.codes(codes)
+        return self.codes(codes) + F.embedding(self.places[codes], self.digits).sum(-2)
+
+
+class Generator(ModelMixin, ConfigMixin):
+    """Base class of all generators of discrete codes.
+
+    Args:
+        order_config: `Order.to_config()`: layout and order.
+        vocab_size: Number of codes V.
+        transformer_config: Fields of `TransformerConfig`.
+        condition_config: {"kind": "none"}, {"kind": "class", "num_classes": C} or
+            {"kind": "words", "vocabulary": W, "length": P}.
+        causal_prefix: Whether prefix rows see only earlier prefix rows.
+        prefix_rope: "identity" (prefix rows are not rotated) or "zero" (their queries and keys become zero, the
+            convention of LlamaGen).
+        share_head: One output matrix for all directional heads.
+        tie_embeddings: Use the token table as the output matrix (needs share_head).
+        head_bias: Whether output matrices have a bias.
+        code_levels: Radix of each digit of a code, least significant first, for codes of a scalar quantizer: the token
+            table is then the sum of digit vectors and code vectors.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        order_config: dict[str, Any],
+        vocab_size: int,
+        transformer_config: dict[str, Any],
+        condition_config: dict[str, Any] | None = None,
+        causal_prefix: bool = False,
+        prefix_rope: str = "identity",
+        share_head: bool = True,
+        tie_embeddings: bool = False,
+        head_bias: bool = False,
+        code_levels: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.order = Order.from_config(order_config)
+        settings = TransformerConfig.from_dict(transformer_config)
+        width = settings.width
+        self.condition = make_condition(condition_config, width)
+        self.plan = self.make_plan(self.order, self.condition.length, causal_prefix)
+        heads = self.plan.sources.shape[0]
+        if len(settings.taps) not in (1, heads):
+            raise TokenloomError(
+                f"{type(self).__name__} reads {heads} hidden states, but taps are {settings.taps}."
+            )
+        if tie_embeddings and not share_head:
+            raise TokenloomError("tie_embeddings needs share_head.")
+        self.transformer = Transformer(settings)
+        self.tokens = TokenTable(vocab_size, width, code_levels)
+        if self.plan.query.any():
+            self.query = nn.Parameter(torch.randn(width) * 0.02)
+        self.tied, self.shared = tie_embeddings, share_head
+        self.heads = nn.ModuleList(
+            nn.Linear(width, vocab_size, bias=head_bias)
+            for _ in range(0 if tie_embeddings else 1 if share_head else heads)
+        )
+        for head in self.heads:
+            nn.init.normal_(head.weight, std=0.02)
+        self._register_tables(prefix_rope)
+
+    def make_plan(self, order: Order, prefix: int, causal_prefix: bool) -> RowPlan:
+        """The row plan of this paradigm."""
+        raise TokenloomError(f"{type(self).__name__} does not define make_plan(); override it.")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes V."""
+        return self.tokens.codes.num_embeddings
+
+    def _register_tables(self, prefix_rope: str) -> None:
+        plan, coords = self.plan, self.order.layout.coords
+        outside = torch.full((1, coords.shape[1]), -1 if prefix_rope == "zero" else 0)
+        rope = self.transformer.rope(torch.cat((coords, outside))[plan.position])  # -1 picks the last row
+        if rope is not None:
+            self.register_buffer("rope_cos", rope[0], persistent=False)
+            self.register_buffer("rope_sin", rope[1], persistent=False)
+        prefix = self.condition.length
+        ids = torch.where(plan.position < 0, torch.arange(plan.rows), prefix + plan.position)
+        self.register_buffer("row_position", ids, persistent=False)
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def _embed(self, codes: Tensor, rows: Tensor, prefix: Tensor | None) -> Tensor:
+        """Embeddings (B, n, D) of row ids (n,), all prefix rows or none first."""
+        position, query = self.plan.position[rows], self.plan.query[rows]
+        is_token = (position >= 0) & ~query
+        parts = [] if prefix is None else [prefix]
+        if is_token.any():
+            parts.append(self.tokens(codes[:, position[is_token].to(codes.device)]))
+        if query.any():
+            parts.append(self.query.expand(codes.shape[0], int(query.sum()), -1))
+        return torch.cat(parts, dim=1)
+
+    def run_rows(self, x: Tensor, rows: Tensor, *, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+        """Runs the transformer on embeddings (B, n, D) of row ids (n,); options as in `Transformer.forward`."""
+        rows = rows.to(x.device)
+        rope = (self.rope_cos[rows], self.rope_sin[rows]) if self.transformer.config.rope else None
+        return self.transformer(
+            x,
+            position_ids=self.row_position[rows],
+            rope=rope,
+            mask=None if mask is None else mask.to(x.device),
+            **options,
+        )
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (J, ..., D), weighted already; heads are added."""
+        if self.tied:
+            return F.linear(hidden.sum(0), self.tokens.weight)
+        if self.shared:
+            return self.heads[0](hidden.sum(0))
+        return torch.stack([head(part) for head, part in zip(self.heads, hidden, strict=True)]).sum(0)
+
+    def _collect(self, taps: tuple[Tensor, ...], sources: Tensor, weights: Tensor) -> Tensor:
+        """Weighted hidden states (J, B, m, D) at the source rows (J, m) of each head."""
+        parts = [
+            taps[min(index, len(taps) - 1)][:, source.to(taps[0].device)]
+            * weight.to(taps[0].device, taps[0].dtype)[:, None]
+            for index, (source, weight) in enumerate(zip(sources, weights, strict=True))
+        ]
+        return torch.stack(parts)
+
+    def pooled_condition(self, prefix: Tensor) -> Tensor | None:
+        """adaLN condition (B, 1, D): the mean of the prefix rows, or `None` for a model without modulation."""
+        settings = self.transformer.config
+        return prefix.mean(1, keepdim=True) if settings.modulation or settings.final_modulation else None
+
+    # ---- teacher forcing --------------------------------------------------------------------------------------------
+
+    def _check_codes(self, codes: Tensor, name: str = "codes") -> None:
+        size = self.order.layout.size
+        if (
+            not isinstance(codes, Tensor)
+            or codes.is_floating_point()
+            or codes.ndim != 2
+            or codes.shape[1] != size
+        ):
+            got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(codes)
+            raise TokenloomError(f"{name} must be an integer tensor of shape (B, {size}), got {got}.")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
+            raise TokenloomError(
+                f"{name} must lie in 0..{self.vocab_size - 1}, got {int(codes.min())}..{int(codes.max())}."
+            )
+
+    def logits(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits.
+
+        Args:
+            codes: LongTensor (B, N) in layout order.
+            condition: What the model's condition takes; `None` is the null condition.
+
+        Returns:
+            (B, N, V) in layout order: position p is predicted from the positions of earlier steps only.
+        """
+        batch, device = codes.shape[0], codes.device
+        if condition is None:
+            condition = self.condition.null(batch, device)
+        plan = self.plan
+        prefix = self.condition(condition, batch, device)
+        rows = torch.arange(plan.rows)
+        x = self._embed(codes, rows, prefix)
+        taps = self.run_rows(x, rows, mask=plan.mask, condition=self.pooled_condition(prefix))
+        hidden = self._collect(taps, plan.sources, plan.weights)
+        return self._head(hidden[:, :, self.order.inverse.to(device)])
+
+    def loss(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats a token of codes (B, N)."""
+        return F.cross_entropy(self.logits(codes, condition).float().flatten(0, 1), codes.flatten())
+
+    def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+        """`loss(codes, condition)`, the training forward."""
+        return self.loss(codes, condition)
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+
+    def _batch(self, condition: Tensor | None, batch_size: int | None) -> tuple[Tensor | None, int]:
+        if condition is None:
+            batch = 1 if batch_size is None else batch_size
+            if not isinstance(batch, int) or batch < 1:
+                raise TokenloomError(f"batch_size must be a positive integer, got {batch!r}.")
+            return self.condition.null(batch, self.device), batch
+        self.condition.check(condition)
+        if batch_size is not None and batch_size != condition.shape[0]:
+            raise TokenloomError(
+                f"batch_size is {batch_size}, but the condition holds {condition.shape[0]} samples; give one of them."
+            )
+        return condition.to(self.device), condition.shape[0]
+
+    def _kept(self, known: Tensor | None, keep: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
+        if known is None and keep is None:
+            return None
+        if known is None or keep is None:
+            raise TokenloomError("known and keep belong together: codes (B, N), and which of them to keep.")
+        size = self.order.layout.size
+        known = known.expand(batch, -1) if known.ndim == 2 and known.shape[0] == 1 else known
+        self._check_codes(known, "known")
+        keep = keep.expand(batch, -1) if keep.ndim == 1 or keep.shape[0] == 1 else keep
+        if known.shape[0] != batch or tuple(keep.shape) != (batch, size) or keep.dtype != torch.bool:
+            raise TokenloomError(
+                f"known must be ({batch}, {size}) codes and keep a boolean ({batch}, {size}) or ({size},) mask, "
+                f"got {tuple(known.shape)} and {keep.dtype} {tuple(keep.shape)}."
+            )
+        return known.to(self.device), keep.to(self.device)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        condition: Tensor | None = None,
+        *,
+        batch_size: int | None = None,
+        guidance: float | Guidance | Callable[[float], float] = 1.0,
+        sampling: Sampling | None = None,
+        seeds: int | list[int] | Tensor | None = None,
+        known: Tensor | None = None,
+        keep: Tensor | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        decode: str = "auto",
+    ) -> Tensor:
+        """Generates codes.
+
+        Args:
+            condition: Batch of conditions; `None` is the null condition.
+            batch_size: Number of samples where there is no condition.
+            guidance: Classifier-free guidance `u + g (c - u)`: a number, a schedule or a `Guidance`. 1 runs one forward.
+            sampling: Temperature and filters; default plain sampling.
+            seeds: One seed a sample; an int s means s, s + 1, ...; `None` draws fresh ones. Sample i depends on seed i
+                alone, up to rounding of matrix kernels with the batch size.
+            known: LongTensor (B, N), codes to keep.
+            keep: BoolTensor (B, N) or (N,), where to keep them; the rest is generated.
+            on_step: Called after each step with a `Step`.
+            decode: "auto", "reference" or "cached"; all give the same codes.
+
+        Returns:
+            LongTensor (B, N) in layout order.
+
+        Raises:
+            TokenloomError: For bad arguments, or if the model produces logits that are not finite.
+        """
+        condition, batch = self._batch(condition, batch_size)
+        kept = self._kept(known, keep, batch)
+        noise_seeds = as_seeds(seeds, batch, self.device)
+        strength, sampling = Guidance.of(guidance), sampling or Sampling()
+        prefix = self.condition(condition, batch, self.device)
+        if strength.enabled:
+            null = self.condition.null(batch, self.device)
+            prefix = torch.cat((prefix, self.condition(null, batch, self.device)))
+        stepper = decoding.make(decode, self, prefix)
+        plan, order = self.plan, self.order
+        codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
+        committed = torch.zeros(order.layout.size, dtype=torch.bool)
+        for step in range(order.num_steps):
+            progress = step / max(1, order.num_steps - 1)
+            x = self._feed(codes, step, prefix, strength.enabled)
+            place = order.slices[step]
+            taps = stepper(x, step)
+            hidden = self._collect(taps, self._local_sources(step, place), plan.weights[:, place])
+            if (
+                strength.enabled
+            ):  # the heads are affine, so guidance before them is the same and half the work
+                conditional, null_half = hidden.chunk(2, dim=1)
+                hidden = guide(conditional, null_half, strength.at(progress)).to(hidden.dtype)
+            positions = order.permutation[place].to(self.device)
+            ids = self._sample(self._head(hidden), noise_seeds, positions, sampling.at(progress), step)
+            if kept is not None:
+                ids = torch.where(kept[1][:, positions], kept[0][:, positions], ids)
+            codes[:, positions] = ids
+            committed[positions.cpu()] = True
+            if on_step is not None:
+                on_step(Step(step, order.num_steps, codes, committed.clone()))
+        return codes
+
+    def _feed(self, codes: Tensor, step: int, prefix: Tensor, guided: bool) -> Tensor:
+        doubled = codes.repeat(2, 1) if guided else codes
+        return self._embed(doubled, self.plan.feeds[step], None if step else prefix)
+
+    def _local_sources(self, step: int, place: slice) -> Tensor:
+        """Places of the source rows among the rows fed at a step."""
+        feed = self.plan.feeds[step]
+        where = torch.full((self.plan.rows,), -1)
+        where[feed] = torch.arange(len(feed))
+        return where[self.plan.sources[:, place]].clamp(min=0)
+
+    def _sample(
+        self, logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling, step: int
+    ) -> Tensor:
+        try:
+            return sample_tokens(logits, seeds, positions, sampling)
+        except TokenloomError as error:
+            if torch.isfinite(logits).all():
+                raise
+            raise TokenloomError(
+                f"Step {step} of {self.order.num_steps}: {error} {self._diagnose()}"
+            ) from None
+
+    def _diagnose(self) -> str:
+        """Names the first parameter that is not finite, or says that activations overflowed."""
+        for name, parameter in self.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"The weights of {name} are not finite; the checkpoint is damaged."
+        return f"All weights are finite, so activations overflowed in {self.dtype}; run the model in float32."

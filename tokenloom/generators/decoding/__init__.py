@@ -1,0 +1,36 @@
+"""Decode rungs: different ways to compute the hidden states of a step, all giving the same tokens.
+
+A rung is a class built from (generator, prefix) whose call (x, step) returns the tapped hidden states of the rows fed
+at that step. Knows nothing of sampling or guidance.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from tokenloom.errors import unknown_name
+from tokenloom.generators.decoding.cached import CachedStepper
+from tokenloom.generators.decoding.reference import ReferenceStepper
+
+if TYPE_CHECKING:
+    from tokenloom.generators.base import Generator
+
+RUNGS = {"reference": ReferenceStepper, "cached": CachedStepper}
+
+
+class Stepper(Protocol):
+    """Hidden states of one step."""
+
+    def __call__(self, x: Tensor, step: int) -> tuple[Tensor, ...]:
+        """Takes embeddings (B, n, D) of the rows fed at `step`; returns one (B, n, D) a tap."""
+        ...
+
+
+def make(name: str, generator: Generator, prefix: Tensor) -> Stepper:
+    """Builds the rung of a name for one generation; "auto" is the fastest one."""
+    chosen = "cached" if name == "auto" else name
+    if chosen not in RUNGS:
+        raise unknown_name("decode rung", name, ["auto", *RUNGS])
+    return RUNGS[chosen](generator, prefix)

@@ -1,0 +1,15 @@
+"""Next-token prediction: one position a step, in any order that has one position a step."""
+
+from __future__ import annotations
+
+from tokenloom.generators.base import Generator
+from tokenloom.generators.orders import Order
+from tokenloom.generators.plans import RowPlan, token_plan
+
+
+class NextTokenGenerator(Generator):
+    """Predicts each position from all earlier ones (LlamaGen, D-AR and every language model)."""
+
+    def make_plan(self, order: Order, prefix: int, causal_prefix: bool) -> RowPlan:
+        """Each row predicts the next position."""
+        return token_plan(order, prefix, causal_prefix)

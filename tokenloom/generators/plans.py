@@ -1,0 +1,177 @@
+"""Row plans: what a paradigm feeds to the transformer at each step, who sees whom, and which rows predict what.
+
+The transformer works on rows: the prefix (condition), one row a token, and, for some paradigms, query rows that only
+ask. A plan is plain data derived from an `Order`; training, the reference rung and the cached rung all read the same
+plan, which is why they agree. Knows nothing of embeddings, weights or sampling.
+
+Legend: P prefix rows, N tokens, R rows in all, S steps, J heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tokenloom.errors import TokenloomError
+from tokenloom.generators.orders import Order
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """The rows of a generation.
+
+    Attributes:
+        feeds: For each step, the ids of the rows fed, the committed ones first.
+        committed: For each step, how many of the fed rows stay in the cache.
+        mask: BoolTensor (R, R); mask[q, k] says whether row q sees row k.
+        position: LongTensor (R,), the layout index of a token or query row, -1 for prefix rows.
+        query: BoolTensor (R,), true for query rows.
+        sources: LongTensor (J, N), the row whose hidden state at head j predicts the n-th position in decode order.
+        weights: float32 (J, N), the weight of each head; the columns sum to 1.
+    """
+
+    feeds: tuple[Tensor, ...]
+    committed: tuple[int, ...]
+    mask: Tensor
+    position: Tensor
+    query: Tensor
+    sources: Tensor
+    weights: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of rows R in all."""
+        return self.mask.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Cache rows a generation needs."""
+        kept, most = 0, 0
+        for feed, committed in zip(self.feeds, self.committed, strict=True):
+            most = max(most, kept + len(feed))
+            kept += committed
+        return most
+
+    def step_mask(self, step: int) -> Tensor | None:
+        """Mask (n, L) of the rows fed at a step over the cache behind which they stand; `None` if all is visible."""
+        before = [feed[:kept] for feed, kept in zip(self.feeds[:step], self.committed[:step], strict=True)]
+        visible = self.mask[self.feeds[step]][:, torch.cat([*before, self.feeds[step]])]
+        return None if bool(visible.all()) else visible
+
+
+def _base_mask(row_step: Tensor, prefix: int, causal_prefix: bool) -> Tensor:
+    mask = row_step[None, :] <= row_step[:, None]
+    if causal_prefix:
+        mask[:prefix, :prefix] = torch.ones(prefix, prefix, dtype=torch.bool).tril()
+    return mask
+
+
+def _token_rows(order: Order, prefix: int) -> tuple[Tensor, Tensor]:
+    """Step at which each prefix and token row is fed, and its position."""
+    step = torch.cat((torch.zeros(prefix, dtype=torch.long), order.step[order.permutation] + 1))
+    position = torch.cat((torch.full((prefix,), -1), order.permutation))
+    return step, position
+
+
+def _feeds(row_step: Tensor, steps: int) -> tuple[Tensor, ...]:
+    return tuple((row_step == step).nonzero().squeeze(1) for step in range(steps))
+
+
+@lru_cache(maxsize=64)
+def token_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPlan:
+    """Next token: each row predicts the next position; the last prefix row predicts the first.
+
+    Raises:
+        TokenloomError: If the order predicts several positions in one step.
+    """
+    size = order.layout.size
+    if order.num_steps != size:
+        raise TokenloomError(
+            f"Next-token prediction needs one position a step, but {order} has {size} positions in "
+            f"{order.num_steps} steps; use NextBlockGenerator, which takes any order."
+        )
+    step, position = _token_rows(order, prefix)
+    step, position = step[:-1], position[:-1]  # the last token predicts nothing
+    feeds = _feeds(step, order.num_steps)
+    return RowPlan(
+        feeds=feeds,
+        committed=tuple(len(feed) for feed in feeds),
+        mask=_base_mask(step, prefix, causal_prefix),
+        position=position,
+        query=torch.zeros(len(step), dtype=torch.bool),
+        sources=(prefix - 1 + torch.arange(size))[None],
+        weights=torch.ones(1, size),
+    )
+
+
+@lru_cache(maxsize=64)
+def neighbor_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPlan:
+    """Next neighbor (NAR): head j predicts the neighbour one step along axis j; predictions of all neighbours that
+    exist are averaged; the first position is predicted by all heads of the last prefix row.
+
+    Heads are ordered from the last axis to the first: right, below (and, for clips, the next frame).
+
+    Raises:
+        TokenloomError: If the order is not `neighbors`.
+    """
+    if order.name != "neighbors":
+        raise TokenloomError(f"Next-neighbor prediction needs the order 'neighbors', got {order}.")
+    step, position = _token_rows(order, prefix)
+    kept = step < order.num_steps  # tokens of the last step predict nothing
+    step, position = step[kept], position[kept]
+    shape = order.layout.shape
+    coords = order.layout.coords[order.permutation]  # (N, A) in decode order
+    sources, weights = [], []
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        neighbour = order.permutation - stride  # layout index one step back along the axis
+        exists = coords[:, axis] > 0
+        rows = prefix + order.inverse[neighbour.clamp(min=0)]
+        first = order.permutation == 0
+        sources.append(torch.where(exists, rows, prefix - 1))
+        weights.append((exists | first).float())
+        stride *= shape[axis]
+    weight = torch.stack(weights)
+    feeds = _feeds(step, order.num_steps)
+    return RowPlan(
+        feeds=feeds,
+        committed=tuple(len(feed) for feed in feeds),
+        mask=_base_mask(step, prefix, causal_prefix),
+        position=position,
+        query=torch.zeros(len(step), dtype=torch.bool),
+        sources=torch.stack(sources),
+        weights=weight / weight.sum(0),
+    )
+
+
+@lru_cache(maxsize=64)
+def query_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPlan:
+    """Next block of any order: each position of a step is asked for by a query row at its own place.
+
+    At step s the tokens of step s-1 and the queries of step s are fed together. Queries see all earlier tokens and each
+    other, tokens never see queries, and queries are not kept. Training runs tokens and queries side by side.
+    """
+    step, position = _token_rows(order, prefix)
+    last = step == order.num_steps  # tokens of the last step are never fed
+    tokens, token_position = step[~last], position[~last]
+    query_step = order.step[order.permutation]
+    row_step = torch.cat((tokens, query_step))
+    query = torch.cat(
+        (torch.zeros(len(tokens), dtype=torch.bool), torch.ones(len(query_step), dtype=torch.bool))
+    )
+    mask = _base_mask(row_step, prefix, causal_prefix)
+    same = row_step[None, :] == row_step[:, None]
+    mask = mask & (~query[None, :] | (query[:, None] & same))
+    size = order.layout.size
+    return RowPlan(
+        feeds=_feeds(row_step, order.num_steps),
+        committed=tuple(int((tokens == s).sum()) for s in range(order.num_steps)),
+        mask=mask,
+        position=torch.cat((token_position, order.permutation)),
+        query=query,
+        sources=(len(tokens) + torch.arange(size))[None],
+        weights=torch.ones(1, size),
+    )
