@@ -1,0 +1,295 @@
+"""The training loop: accelerate, AdamW, weight averages, atomic checkpoints, resume, log and sample grids.
+
+A `Task` says what is trained, on which batches, with which loss, and how samples are drawn. The loop knows nothing of
+pictures, codes or models beyond that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from tokenloom.errors import TokenloomError
+from tokenloom.training.config import LoopConfig
+
+
+class Task(ABC):
+    """What a training run is about.
+
+    Attributes:
+        module: The module that is trained.
+        size: Number of training samples.
+    """
+
+    module: nn.Module
+    size: int
+
+    @abstractmethod
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Any:
+        """The training batch of the given sample indices (CPU LongTensor); randomness from `generator` only."""
+
+    @abstractmethod
+    def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and scalars to log."""
+
+    @abstractmethod
+    def samples(self, path: Path) -> None:
+        """Writes a picture of what `self.module` does now."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes `self.module` as a loadable model into an empty folder."""
+
+    def prepare(self, accelerator: Accelerator) -> None:  # noqa: B027  (an optional hook)
+        """Called once before the first step; may prepare further modules and optimizers."""
+
+    def after_step(self, accelerator: Accelerator, batch: Any, step: int) -> dict[str, Tensor]:
+        """Called after each optimizer step; may train a second network. Returns scalars to log."""
+        return {}
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Puts `source` in the place of `target` so that a complete folder is there at any time but an instant."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.replace(old)
+        source.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        source.replace(target)
+
+
+def learning_rate_factor(step: int, config: LoopConfig) -> float:
+    """Factor on the peak learning rate at an optimizer step."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "constant":
+        return warm
+    if config.schedule == "wsd":
+        left = (config.steps - step) / max(1.0, config.cooldown * config.steps)
+        return warm * max(0.0, min(1.0, left))
+    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+
+
+def epoch_batches(size: int, config: LoopConfig, start: int, rank: int, world: int) -> Iterator[Tensor]:
+    """Endless index batches from micro-batch `start` on, the same whatever was resumed.
+
+    Every epoch is one permutation drawn from (seed, epoch); process `rank` takes its slice of each global batch.
+    """
+    chunk = config.batch_size * world
+    per_epoch = max(1, size // chunk)
+    number = start
+    while True:
+        epoch, offset = divmod(number, per_epoch)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        if size < chunk:  # tiny data sets: repeat
+            order = order.repeat(-(-chunk // size))
+        for index in range(offset, per_epoch):
+            begin = index * chunk + rank * config.batch_size
+            yield order[begin : begin + config.batch_size]
+            number += 1
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    named = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def resolve_precision(precision: str) -> str:
+    """Turns "auto" into "bf16" where the hardware computes it, else "no"."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+class Trainer:
+    """Runs a task.
+
+    Args:
+        task: What is trained.
+        config: How.
+        output: Folder for `checkpoints/`, `samples/`, `log.jsonl` and `model/`.
+    """
+
+    def __init__(self, task: Task, config: LoopConfig, output: str | Path) -> None:
+        self.task, self.config, self.output = task, config, Path(output)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TokenloomError(
+                f"Cannot write to the output folder {self.output}: {error.strerror}."
+            ) from None
+        self.accelerator = Accelerator(
+            mixed_precision=resolve_precision(config.precision),
+            gradient_accumulation_steps=config.accumulate,
+            dynamo_backend="inductor" if config.compile else None,
+            step_scheduler_with_optimizer=False,
+        )
+        set_seed(config.seed)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(task.module, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, config)
+        )
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(task.module, optimizer, schedule)
+        task.prepare(self.accelerator)
+        self.ema = EMAModel(task.module.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
+        self.accelerator.register_for_checkpointing(self.ema)
+        self.step = 0
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.output / "checkpoints").glob("step-*"))
+
+    def resume(self, which: str) -> None:
+        """Continues from "latest" or from a checkpoint folder."""
+        found = self._checkpoints()
+        path = found[-1] if which == "latest" and found else Path(which)
+        if which == "latest" and not found:
+            raise TokenloomError(
+                f"There is no checkpoint under {self.output / 'checkpoints'}; run without --resume first."
+            )
+        if not (path / "progress.json").is_file():
+            raise TokenloomError(f"{path} is not a complete checkpoint (progress.json is missing).")
+        self.accelerator.load_state(str(path))
+        self.step = json.loads((path / "progress.json").read_text())["step"]
+        self.accelerator.print(f"Resumed from {path} at step {self.step}.")
+
+    def _with_average(self, action: Any) -> None:
+        parameters = list(self.task.module.parameters())
+        self.ema.store(parameters)
+        if self.config.ema:
+            self.ema.copy_to(parameters)
+        self.task.module.eval()
+        try:
+            with torch.no_grad():
+                action()
+        finally:
+            self.task.module.train()
+            self.ema.restore(parameters)
+
+    def checkpoint(self) -> None:
+        """Writes a checkpoint and the averaged model, each complete or not at all."""
+        root = self.output / "checkpoints"
+        target, temporary = root / f"step-{self.step:08d}", root / ".writing"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        if not self.accelerator.is_main_process:
+            return
+        (temporary / "progress.json").write_text(json.dumps({"step": self.step}))
+        replace_folder(temporary, target)
+        for old in self._checkpoints()[: -self.config.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        model = self.output / ".model"
+        shutil.rmtree(model, ignore_errors=True)
+        model.mkdir()
+        self._with_average(lambda: self.task.save(model))
+        replace_folder(model, self.output / "model")
+
+    def _sample(self) -> None:
+        if self.accelerator.is_main_process:
+            folder = self.output / "samples"
+            folder.mkdir(exist_ok=True)
+            self._with_average(lambda: self.task.samples(folder / f"step-{self.step:08d}.png"))
+
+    def _train_step(self, batches: Iterator[Tensor], rank: int) -> dict[str, Tensor]:
+        config, device = self.config, self.accelerator.device
+        logs: dict[str, Tensor] = {}
+        for micro in range(config.accumulate):
+            generator = torch.Generator()
+            generator.manual_seed(hash((config.seed, self.step, micro, rank)) % 2**63)
+            batch = self.task.batch(next(batches), generator)
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            with self.accelerator.accumulate(self.model):
+                with self.accelerator.autocast():
+                    loss, logs = self.task.loss(self.model, batch, self.step)
+                if not torch.isfinite(loss):
+                    bad = [key for key, value in logs.items() if not torch.isfinite(value).all()]
+                    raise TokenloomError(
+                        f"The loss is {loss.item()} at step {self.step} (not finite: {', '.join(bad) or 'loss'}); "
+                        "lower the learning rate or resume from the last checkpoint with another seed."
+                    )
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.task.module.parameters(), config.clip)
+                    logs = {**logs, "gradient_norm": torch.as_tensor(norm)}
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.schedule.step()
+        self.ema.step(self.task.module.parameters())
+        return {"loss": loss.detach(), **logs, **self.task.after_step(self.accelerator, batch, self.step)}
+
+    def run(self) -> None:
+        """Trains to `config.steps`; Ctrl-C writes a checkpoint first."""
+        config, accelerator = self.config, self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        batches = epoch_batches(self.task.size, config, self.step * config.accumulate, rank, world)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self.task.module.train()
+        with Progress(*columns, disable=not accelerator.is_main_process, refresh_per_second=2) as progress:
+            bar = progress.add_task("starting", total=config.steps, completed=self.step)
+            if self.step == 0:
+                self._sample()
+            clock, counted = time.perf_counter(), self.step
+            try:
+                while self.step < config.steps:
+                    logs = self._train_step(batches, rank)
+                    self.step += 1
+                    progress.advance(bar)
+                    if self.step % config.log_every == 0 or self.step == config.steps:
+                        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                        done, counted = self.step - counted, self.step
+                        rate = done * config.batch_size * config.accumulate * world / seconds
+                        self._log(logs, rate, progress, bar)
+                    if self.step % config.sample_every == 0 or self.step == config.steps:
+                        self._sample()
+                    if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                        self.checkpoint()
+            except KeyboardInterrupt:
+                progress.console.print(
+                    f"Interrupted at step {self.step}: writing a checkpoint; continue with --resume latest."
+                )
+                self.checkpoint()
+                raise
+        accelerator.end_training()
+
+    def _log(self, logs: dict[str, Tensor], rate: float, progress: Progress, bar: Any) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        row: dict[str, float] = {"step": self.step, "samples_per_second": round(rate, 1)}
+        row["learning_rate"] = self.schedule.get_last_lr()[0]
+        row.update({key: float(f"{float(value):.5g}") for key, value in logs.items()})
+        with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "time": round(time.time(), 1)}) + "\n")
+        text = f"loss {row['loss']:.4f}  {rate:.0f} samples/s"
+        progress.update(bar, description=text)
+        if not progress.console.is_terminal:
+            progress.console.print(f"step {self.step}/{self.config.steps}  {text}")

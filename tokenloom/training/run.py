@@ -1,0 +1,54 @@
+"""Entry points of the command line: train a tokenizer, train a generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, load_config
+from tokenloom.training.loop import Task, Trainer
+
+
+def _train(task: Task, loop: LoopConfig, output: str, resume: str | None) -> Path:
+    trainer = Trainer(task, loop, output)
+    if resume:
+        trainer.resume(resume)
+    trainer.run()
+    return Path(output) / "model"
+
+
+def train_tokenizer(
+    config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None
+) -> Path:
+    """Trains the image tokenizer of a YAML config.
+
+    Args:
+        config: Path of the YAML file (see `TokenizerConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained tokenizer.
+    """
+    from tokenloom.training.tokenizer_task import TokenizerTask
+
+    settings = load_config(TokenizerConfig, config, overrides)
+    return _train(TokenizerTask(settings), settings.loop, settings.output, resume)
+
+
+def train_generator(
+    config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None
+) -> Path:
+    """Trains the generator of a YAML config.
+
+    Args:
+        config: Path of the YAML file (see `GeneratorConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained pipeline.
+    """
+    from tokenloom.training.generator_task import GeneratorTask
+
+    settings = load_config(GeneratorConfig, config, overrides)
+    return _train(GeneratorTask(settings), settings.loop, settings.output, resume)
