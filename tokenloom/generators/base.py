@@ -175,16 +175,14 @@ class Generator(ModelMixin, ConfigMixin):
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
-    def _embed(self, codes: Tensor, rows: Tensor, prefix: Tensor | None) -> Tensor:
-        """Embeddings (B, n, D) of row ids (n,), all prefix rows or none first."""
-        position, query = self.plan.position[rows], self.plan.query[rows]
-        is_token = (position >= 0) & ~query
+    def _embed(self, codes: Tensor, positions: Tensor, queries: int, prefix: Tensor | None) -> Tensor:
+        """Embeddings (B, n, D) of prefix rows, then of the tokens at layout indices (t,), then of queries."""
         parts = [] if prefix is None else [prefix]
-        if is_token.any():
-            parts.append(self.tokens(codes[:, position[is_token].to(codes.device)]))
-        if query.any():
-            parts.append(self.query.expand(codes.shape[0], int(query.sum()), -1))
-        return torch.cat(parts, dim=1)
+        if len(positions):
+            parts.append(self.tokens(codes[:, positions.to(codes.device)]))
+        if queries:
+            parts.append(self.query.expand(codes.shape[0], queries, -1))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def run_rows(self, x: Tensor, rows: Tensor, *, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         """Runs the transformer on embeddings (B, n, D) of row ids (n,); options as in `Transformer.forward`."""
@@ -198,10 +196,13 @@ class Generator(ModelMixin, ConfigMixin):
             **options,
         )
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (J, ..., D), weighted already; heads are added."""
-        if self.tied:
-            return F.linear(hidden.sum(0), self.tokens.weight)
+    def _head(self, hidden: Tensor, table: Tensor | None) -> Tensor:
+        """Logits (..., V) of hidden states (J, ..., D), weighted already; heads are added.
+
+        `table` is the token table if it is the output matrix.
+        """
+        if table is not None:
+            return F.linear(hidden.sum(0), table)
         if self.shared:
             return self.heads[0](hidden.sum(0))
         return torch.stack([head(part) for head, part in zip(self.heads, hidden, strict=True)]).sum(0)
@@ -214,6 +215,9 @@ class Generator(ModelMixin, ConfigMixin):
             for index, (source, weight) in enumerate(zip(sources, weights, strict=True))
         ]
         return torch.stack(parts)
+
+    def _table(self) -> Tensor | None:
+        return self.tokens.weight if self.tied else None
 
     def pooled_condition(self, prefix: Tensor) -> Tensor | None:
         """adaLN condition (B, 1, D): the mean of the prefix rows, or `None` for a model without modulation."""
@@ -253,10 +257,11 @@ class Generator(ModelMixin, ConfigMixin):
         plan = self.plan
         prefix = self.condition(condition, batch, device)
         rows = torch.arange(plan.rows)
-        x = self._embed(codes, rows, prefix)
+        tokens = plan.position[(plan.position >= 0) & ~plan.query]
+        x = self._embed(codes, tokens, int(plan.query.sum()), prefix)
         taps = self.run_rows(x, rows, mask=plan.mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
-        return self._head(hidden[:, :, self.order.inverse.to(device)])
+        return self._head(hidden[:, :, self.order.inverse.to(device)], self._table())
 
     def loss(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats a token of codes (B, N)."""
@@ -339,41 +344,31 @@ class Generator(ModelMixin, ConfigMixin):
         if strength.enabled:
             null = self.condition.null(batch, self.device)
             prefix = torch.cat((prefix, self.condition(null, batch, self.device)))
-        stepper = decoding.make(decode, self, prefix)
-        plan, order = self.plan, self.order
+        stepper, table = decoding.make(decode, self, prefix), self._table()
+        order = self.order
         codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
-        for step in range(order.num_steps):
-            progress = step / max(1, order.num_steps - 1)
-            x = self._feed(codes, step, prefix, strength.enabled)
-            place = order.slices[step]
-            taps = stepper(x, step)
-            hidden = self._collect(taps, self._local_sources(step, place), plan.weights[:, place])
+        for index, step in enumerate(self.plan.steps):
+            progress = index / max(1, order.num_steps - 1)
+            shown = codes.repeat(2, 1) if strength.enabled else codes
+            x = self._embed(shown, step.tokens, step.queries, None if index else prefix)
+            hidden = self._collect(stepper(x, index), step.sources, step.weights)
             if (
                 strength.enabled
             ):  # the heads are affine, so guidance before them is the same and half the work
                 conditional, null_half = hidden.chunk(2, dim=1)
                 hidden = guide(conditional, null_half, strength.at(progress)).to(hidden.dtype)
-            positions = order.permutation[place].to(self.device)
-            ids = self._sample(self._head(hidden), noise_seeds, positions, sampling.at(progress), step)
+            positions = step.positions.to(self.device)
+            ids = self._sample(
+                self._head(hidden, table), noise_seeds, positions, sampling.at(progress), index
+            )
             if kept is not None:
                 ids = torch.where(kept[1][:, positions], kept[0][:, positions], ids)
             codes[:, positions] = ids
-            committed[positions.cpu()] = True
+            committed[step.positions] = True
             if on_step is not None:
-                on_step(Step(step, order.num_steps, codes, committed.clone()))
+                on_step(Step(index, order.num_steps, codes, committed.clone()))
         return codes
-
-    def _feed(self, codes: Tensor, step: int, prefix: Tensor, guided: bool) -> Tensor:
-        doubled = codes.repeat(2, 1) if guided else codes
-        return self._embed(doubled, self.plan.feeds[step], None if step else prefix)
-
-    def _local_sources(self, step: int, place: slice) -> Tensor:
-        """Places of the source rows among the rows fed at a step."""
-        feed = self.plan.feeds[step]
-        where = torch.full((self.plan.rows,), -1)
-        where[feed] = torch.arange(len(feed))
-        return where[self.plan.sources[:, place]].clamp(min=0)
 
     def _sample(
         self, logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling, step: int

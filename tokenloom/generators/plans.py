@@ -10,13 +10,38 @@ Legend: P prefix rows, N tokens, R rows in all, S steps, J heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError
 from tokenloom.generators.orders import Order
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """What one step of a generation needs, worked out once a plan.
+
+    Attributes:
+        rows: LongTensor (n,), the rows fed.
+        tokens: LongTensor (t,), the layout indices of the token rows among them.
+        queries: How many query rows stand behind the tokens.
+        committed: How many of the rows stay in the cache.
+        mask: BoolTensor (n, L) over the cache and these rows, or `None` where all is visible.
+        sources: LongTensor (J, m), the place among the fed rows that predicts each position at each head.
+        weights: float32 (J, m).
+        positions: LongTensor (m,), the layout indices predicted.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    queries: int
+    committed: int
+    mask: Tensor | None
+    sources: Tensor
+    weights: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +56,7 @@ class RowPlan:
         query: BoolTensor (R,), true for query rows.
         sources: LongTensor (J, N), the row whose hidden state at head j predicts the n-th position in decode order.
         weights: float32 (J, N), the weight of each head; the columns sum to 1.
+        order: The order behind it.
     """
 
     feeds: tuple[Tensor, ...]
@@ -40,6 +66,32 @@ class RowPlan:
     query: Tensor
     sources: Tensor
     weights: Tensor
+    order: Order
+
+    @cached_property
+    def steps(self) -> tuple[StepRows, ...]:
+        """One `StepRows` a step."""
+        return tuple(self._step(step) for step in range(self.order.num_steps))
+
+    def _step(self, step: int) -> StepRows:
+        rows, place = self.feeds[step], self.order.slices[step]
+        local = torch.full((self.rows,), -1)
+        local[rows] = torch.arange(len(rows))
+        weights = self.weights[:, place]
+        sources = local[self.sources[:, place]]
+        if bool(((sources < 0) & (weights > 0)).any()):
+            raise TokenloomError(f"Step {step} of {self.order} reads a row that was not fed at that step.")
+        is_query = self.query[rows]
+        return StepRows(
+            rows=rows,
+            tokens=self.position[rows][(self.position[rows] >= 0) & ~is_query],
+            queries=int(is_query.sum()),
+            committed=self.committed[step],
+            mask=self.step_mask(step),
+            sources=sources.clamp(min=0),
+            weights=weights,
+            positions=self.order.permutation[place],
+        )
 
     @property
     def rows(self) -> int:
@@ -104,6 +156,7 @@ def token_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
         query=torch.zeros(len(step), dtype=torch.bool),
         sources=(prefix - 1 + torch.arange(size))[None],
         weights=torch.ones(1, size),
+        order=order,
     )
 
 
@@ -144,6 +197,7 @@ def neighbor_plan(order: Order, prefix: int, causal_prefix: bool = False) -> Row
         query=torch.zeros(len(step), dtype=torch.bool),
         sources=torch.stack(sources),
         weights=weight / weight.sum(0),
+        order=order,
     )
 
 
@@ -174,4 +228,5 @@ def query_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
         query=query,
         sources=(len(tokens) + torch.arange(size))[None],
         weights=torch.ones(1, size),
+        order=order,
     )

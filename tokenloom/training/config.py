@@ -204,7 +204,7 @@ class GeneratorConfig:
         augment: Random changes to the pictures; codes of `views` changed copies are computed once.
         views: Copies of each picture whose codes are cached; the first is the unchanged picture.
         sample_prompts: Prompts of the sample grid.
-        sampling: Preset stored with the model: temperature, top_k, top_p, guidance.
+        sampling: Preset stored with the model, as `TextToImagePipeline` takes it: guidance_scale, temperature, top_k, ...
         loop: Optimisation.
         init_from: Folder of a generator whose weights training starts from.
     """
@@ -218,7 +218,7 @@ class GeneratorConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     views: int = 1
     sample_prompts: list[str] = field(default_factory=list)
-    sampling: dict[str, float] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
     loop: LoopConfig = field(default_factory=LoopConfig)
     init_from: str | None = None
 

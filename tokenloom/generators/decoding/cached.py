@@ -23,11 +23,11 @@ class CachedStepper:
         """Hidden states (B, n, D) of the rows fed at `step`."""
         taps = self.generator.run_rows(
             x,
-            self.plan.feeds[step],
-            mask=self.plan.step_mask(step),
+            self.plan.steps[step].rows,
+            mask=self.plan.steps[step].mask,
             cache=self.cache,
             condition=self.condition,
             modulations=self.modulations,
         )
-        self.cache.commit(self.plan.committed[step])
+        self.cache.commit(self.plan.steps[step].committed)
         return taps
