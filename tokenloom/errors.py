@@ -6,7 +6,9 @@ Knows nothing of tensors or media: it only builds messages that say what was exp
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class TokenloomError(ValueError):
@@ -35,3 +37,28 @@ def unknown_name(kind: str, name: object, options: Iterable[str], hint: str = ""
     else:
         advice = f"Known: {', '.join(known) if known else 'none'}."
     return TokenloomError(f"Unknown {kind} {name!r}. {advice}{' ' + hint if hint else ''}")
+
+
+def check_options(target: Callable[..., Any], options: Iterable[str], kind: str) -> None:
+    """Raises a clear error unless `target(**options)` would find every name it needs and no other.
+
+    Args:
+        target: A function or class with named parameters.
+        options: Names that shall be passed by keyword.
+        kind: What such a name is, in words ("option of the vq quantizer").
+
+    Raises:
+        TokenloomError: For an unknown name, with the closest matches, or a missing one.
+    """
+    parameters = inspect.signature(target).parameters
+    names = list(options)
+    for name in names:
+        if name not in parameters:
+            raise unknown_name(kind, name, parameters)
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and name not in names
+    ]
+    if missing:
+        raise TokenloomError(f"Missing {kind}: {', '.join(missing)}.")

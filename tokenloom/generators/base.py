@@ -19,7 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from tokenloom.errors import TokenloomError
+from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators import decoding
 from tokenloom.generators.conditions import make_condition
 from tokenloom.generators.orders import Order
@@ -27,6 +27,8 @@ from tokenloom.generators.plans import RowPlan
 from tokenloom.generators.sampling import Guidance, Sampling, guide, sample_tokens
 from tokenloom.generators.transformer import Transformer, TransformerConfig
 from tokenloom.rng import as_seeds
+
+PREFIX_ROPES = ("identity", "zero")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class TokenTable(nn.Module):
         width: Width D.
         levels: Radix of each digit, least significant first; `None` for a plain table.
     """
+
+    places: Tensor
 
     def __init__(self, vocab_size: int, width: int, levels: list[int] | None) -> None:
         super().__init__()
@@ -111,7 +115,10 @@ class Generator(ModelMixin, ConfigMixin):
             table is then the sum of digit vectors and code vectors.
     """
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]
+    rope_cos: Tensor
+    rope_sin: Tensor
+    row_position: Tensor
 
     @register_to_config
     def __init__(
@@ -144,13 +151,14 @@ class Generator(ModelMixin, ConfigMixin):
         self.tokens = TokenTable(vocab_size, width, code_levels)
         if self.plan.query.any():
             self.query = nn.Parameter(torch.randn(width) * 0.02)
-        self.tied, self.shared = tie_embeddings, share_head
-        self.heads = nn.ModuleList(
+        self.tied, self.shared, self.head_bias = tie_embeddings, share_head, head_bias
+        outputs = [
             nn.Linear(width, vocab_size, bias=head_bias)
             for _ in range(0 if tie_embeddings else 1 if share_head else heads)
-        )
-        for head in self.heads:
+        ]
+        for head in outputs:
             nn.init.normal_(head.weight, std=0.02)
+        self.heads = nn.ModuleList(outputs)
         self._register_tables(prefix_rope)
 
     def make_plan(self, order: Order, prefix: int, causal_prefix: bool) -> RowPlan:
@@ -163,6 +171,8 @@ class Generator(ModelMixin, ConfigMixin):
         return self.tokens.codes.num_embeddings
 
     def _register_tables(self, prefix_rope: str) -> None:
+        if prefix_rope not in PREFIX_ROPES:
+            raise unknown_name("prefix_rope", prefix_rope, PREFIX_ROPES)
         plan, coords = self.plan, self.order.layout.coords
         outside = torch.full((1, coords.shape[1]), -1 if prefix_rope == "zero" else 0)
         rope = self.transformer.rope(torch.cat((coords, outside))[plan.position])  # -1 picks the last row
@@ -170,6 +180,12 @@ class Generator(ModelMixin, ConfigMixin):
             self.register_buffer("rope_cos", rope[0], persistent=False)
             self.register_buffer("rope_sin", rope[1], persistent=False)
         prefix = self.condition.length
+        places = self.transformer.config.learned_positions
+        if 0 < places < prefix + len(coords):
+            raise TokenloomError(
+                f"learned_positions is {places}, but {prefix} prefix rows and {len(coords)} tokens need "
+                f"{prefix + len(coords)}; use that, or 0 for none."
+            )
         ids = torch.where(plan.position < 0, torch.arange(plan.rows), prefix + plan.position)
         self.register_buffer("row_position", ids, persistent=False)
 
@@ -196,16 +212,21 @@ class Generator(ModelMixin, ConfigMixin):
             **options,
         )
 
-    def _head(self, hidden: Tensor, table: Tensor | None) -> Tensor:
-        """Logits (..., V) of hidden states (J, ..., D), weighted already; heads are added.
+    def _head(self, hidden: Tensor, weights: Tensor, table: Tensor | None) -> Tensor:
+        """Logits (B, m, V) of hidden states (J, B, m, D), weighted already; heads are added.
 
-        `table` is the token table if it is the output matrix.
+        `weights` (J, m) mix the biases of the heads; `table` is the token table if it is the output matrix.
         """
         if table is not None:
             return F.linear(hidden.sum(0), table)
         if self.shared:
             return self.heads[0](hidden.sum(0))
-        return torch.stack([head(part) for head, part in zip(self.heads, hidden, strict=True)]).sum(0)
+        outputs = [head.get_parameter("weight") for head in self.heads]
+        logits = torch.stack([F.linear(part, out) for part, out in zip(hidden, outputs, strict=True)]).sum(0)
+        if not self.head_bias:
+            return logits
+        biases = torch.stack([head.get_parameter("bias") for head in self.heads])
+        return logits + weights.to(biases).T @ biases
 
     def _collect(self, taps: tuple[Tensor, ...], sources: Tensor, weights: Tensor) -> Tensor:
         """Weighted hidden states (J, B, m, D) at the source rows (J, m) of each head."""
@@ -261,7 +282,8 @@ class Generator(ModelMixin, ConfigMixin):
         x = self._embed(codes, tokens, int(plan.query.sum()), prefix)
         taps = self.run_rows(x, rows, mask=plan.mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
-        return self._head(hidden[:, :, self.order.inverse.to(device)], self._table())
+        inverse = self.order.inverse
+        return self._head(hidden[:, :, inverse.to(device)], plan.weights[:, inverse], self._table())
 
     def loss(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats a token of codes (B, N)."""
@@ -289,7 +311,7 @@ class Generator(ModelMixin, ConfigMixin):
     def _kept(self, known: Tensor | None, keep: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
         if known is None and keep is None:
             return None
-        if known is None or keep is None:
+        if not isinstance(known, Tensor) or not isinstance(keep, Tensor):
             raise TokenloomError("known and keep belong together: codes (B, N), and which of them to keep.")
         size = self.order.layout.size
         known = known.expand(batch, -1) if known.ndim == 2 and known.shape[0] == 1 else known
@@ -353,15 +375,12 @@ class Generator(ModelMixin, ConfigMixin):
             shown = codes.repeat(2, 1) if strength.enabled else codes
             x = self._embed(shown, step.tokens, step.queries, None if index else prefix)
             hidden = self._collect(stepper(x, index), step.sources, step.weights)
-            if (
-                strength.enabled
-            ):  # the heads are affine, so guidance before them is the same and half the work
+            if strength.enabled:  # the heads are affine: guidance before them is the same and half the work
                 conditional, null_half = hidden.chunk(2, dim=1)
                 hidden = guide(conditional, null_half, strength.at(progress)).to(hidden.dtype)
-            positions = step.positions.to(self.device)
-            ids = self._sample(
-                self._head(hidden, table), noise_seeds, positions, sampling.at(progress), index
-            )
+            positions = step.positions.to(codes.device)
+            logits = self._head(hidden, step.weights, table)
+            ids = self._sample(logits, noise_seeds, positions, sampling.at(progress), index)
             if kept is not None:
                 ids = torch.where(kept[1][:, positions], kept[0][:, positions], ids)
             codes[:, positions] = ids

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenloom.errors import TokenloomError, unknown_name
+from tokenloom.errors import TokenloomError, check_options, unknown_name
 
 
 class Condition(nn.Module):
@@ -142,7 +142,5 @@ def make_condition(options: Mapping[str, Any] | None, width: int) -> Condition:
     kind = values.pop("kind", "none")
     if kind not in kinds:
         raise unknown_name("condition kind", kind, kinds)
-    try:
-        return kinds[kind](width=width, **values)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise TokenloomError(f"Bad options for the condition {kind!r}: {error}.") from None
+    check_options(kinds[kind], ["width", *values], f"option of the condition {kind!r}")
+    return kinds[kind](**{**values, "width": width})

@@ -60,7 +60,8 @@ class TransformerConfig(BlockConfig):
         missing = [key for key in ("width", "heads", "depth") if key not in values]
         if missing:
             raise TokenloomError(f"The transformer options lack {', '.join(missing)}.")
-        return cls(**{key: tuple(value) if key == "taps" else value for key, value in values.items()})
+        options: dict[str, Any] = dict(values)
+        return cls(**options)
 
 
 class Transformer(nn.Module):
@@ -98,7 +99,7 @@ class Transformer(nn.Module):
                     nn.init.normal_(module.weight, std=0.02 / (2 * self.config.depth) ** 0.5)
                 if "modulation" in name:
                     nn.init.zeros_(module.weight)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def rope(self, coords: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -116,9 +117,10 @@ class Transformer(nn.Module):
             raise TokenloomError(f"This transformer is modulated ({kind} adaLN) and needs a condition.")
         active = nn.functional.silu(condition)
         if kind == "own":
-            return [block.modulation(active).unflatten(-1, (6, -1)) for block in self.blocks]
+            own = [block.get_submodule("modulation") for block in self.blocks]
+            return [project(active).unflatten(-1, (6, -1)) for project in own]
         shared = self.modulation(active).unflatten(-1, (6, -1))
-        return [shared + block.modulation_offset for block in self.blocks]
+        return [shared + block.get_parameter("modulation_offset") for block in self.blocks]
 
     def forward(
         self,
@@ -180,7 +182,8 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, rows: int) -> Cache:
         """An empty cache for `rows` rows in the dtype and on the device of the weights."""
-        weight = self.blocks[0].attention.out.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled() else weight.dtype
+        weight = self.blocks[0].get_parameter("attention.out.weight")
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         config = self.config
         return Cache(config.depth, batch, config.num_kv_heads, rows, config.head_size, weight.device, dtype)

@@ -6,6 +6,7 @@ at that step. Knows nothing of sampling or guidance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -17,8 +18,6 @@ from tokenloom.generators.decoding.reference import ReferenceStepper
 if TYPE_CHECKING:
     from tokenloom.generators.base import Generator
 
-RUNGS = {"reference": ReferenceStepper, "cached": CachedStepper}
-
 
 class Stepper(Protocol):
     """Hidden states of one step."""
@@ -26,6 +25,12 @@ class Stepper(Protocol):
     def __call__(self, x: Tensor, step: int) -> tuple[Tensor, ...]:
         """Takes embeddings (B, n, D) of the rows fed at `step`; returns one (B, n, D) a tap."""
         ...
+
+
+RUNGS: dict[str, Callable[[Generator, Tensor], Stepper]] = {
+    "reference": ReferenceStepper,
+    "cached": CachedStepper,
+}
 
 
 def make(name: str, generator: Generator, prefix: Tensor) -> Stepper:
