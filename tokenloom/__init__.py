@@ -20,6 +20,7 @@ _EXPORTS = {
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
     "ModelMixin": "diffusers",
+    "NextBlockGenerator": "tokenloom.generators.next_block",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
     "NextTokenGenerator": "tokenloom.generators.next_token",
     "Order": "tokenloom.generators.orders",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from tokenloom.errors import TokenloomError as TokenloomError
     from tokenloom.generators import orders as orders
     from tokenloom.generators.base import Generator as Generator
+    from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
     from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
     from tokenloom.generators.orders import Order as Order
@@ -55,6 +57,7 @@ __all__ = [
     "ImageVQTokenizer",
     "Layout",
     "ModelMixin",
+    "NextBlockGenerator",
     "NextNeighborGenerator",
     "NextTokenGenerator",
     "Order",

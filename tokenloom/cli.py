@@ -297,6 +297,9 @@ def evaluate(
     parts: Annotated[
         list[str], typer.Option("--part", help="Only this part (may be repeated); by default all.")
     ] = [],  # noqa: B006
+    groups: Annotated[
+        list[str], typer.Option("--group", help="Only pictures of this group (may be repeated).")
+    ] = [],  # noqa: B006
     prompts: Annotated[int | None, typer.Option(help="Most prompts of each kind.")] = None,
     seed: Annotated[int, typer.Option(help="Decides every choice.")] = 0,
 ) -> None:
@@ -304,7 +307,9 @@ def evaluate(
     from tokenloom.evaluation.report import PARTS, EvaluationConfig
     from tokenloom.evaluation.report import evaluate as run_evaluation
 
-    chosen = EvaluationConfig(parts=tuple(parts or PARTS), prompts=prompts, seed=seed)
+    chosen = EvaluationConfig(
+        parts=tuple(parts or PARTS), groups=tuple(groups) or None, prompts=prompts, seed=seed
+    )
     run_evaluation(model, data, output, judge=judge, config=chosen, log=_log)
     _OUT.print(output / "report.md", markup=False)
 
