@@ -13,9 +13,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenloom.checkpoints.guidance import official_guidance as official_guidance
 from tokenloom.errors import TokenloomError, unknown_name
 
-_ADAPTERS: dict[str, str] = {}
+_ADAPTERS: dict[str, str] = {
+    "dar": "llamagen",
+    "llamagen": "llamagen",
+    "nar": "nar",
+    "nar_video": "nar",
+}
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 
 

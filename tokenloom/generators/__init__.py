@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "CaptionFeatures": "conditions",
     "Generator": "base",
     "NextBlockGenerator": "next_block",
     "NextNeighborGenerator": "next_neighbor",

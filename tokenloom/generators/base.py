@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators import decoding
-from tokenloom.generators.conditions import make_condition
+from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import RowPlan
 from tokenloom.generators.sampling import Guidance, Sampling, guide, sample_tokens
 from tokenloom.generators.transformer import Transformer, TransformerConfig
 from tokenloom.rng import as_seeds
 
-PREFIX_ROPES = ("identity", "zero")
+PREFIX_ROPES = ("identity", "zero", "line")
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ class Generator(ModelMixin, ConfigMixin):
         order_config: `Order.to_config()`: layout and order.
         vocab_size: Number of codes V.
         transformer_config: Fields of `TransformerConfig`.
-        condition_config: {"kind": "none"}, {"kind": "class", "num_classes": C} or
-            {"kind": "words", "vocabulary": W, "length": P}.
+        condition_config: {"kind": "none"}, {"kind": "class", "num_classes": C},
+            {"kind": "words", "vocabulary": W, "length": P} or {"kind": "features", "features": F, "length": P}.
         causal_prefix: Whether prefix rows see only earlier prefix rows.
-        prefix_rope: "identity" (prefix rows are not rotated) or "zero" (their queries and keys become zero, the
-            convention of LlamaGen).
+        prefix_rope: "identity" (prefix rows are not rotated), "zero" (their queries and keys become zero, the
+            convention of LlamaGen) or "line" (they stand before the first token; for layouts of one axis).
         share_head: One output matrix for all directional heads.
         tie_embeddings: Use the token table as the output matrix (needs share_head).
         head_bias: Whether output matrices have a bias.
@@ -175,15 +175,23 @@ class Generator(ModelMixin, ConfigMixin):
             raise unknown_name("prefix_rope", prefix_rope, PREFIX_ROPES)
         plan, coords = self.plan, self.order.layout.coords
         outside = torch.full((1, coords.shape[1]), -1 if prefix_rope == "zero" else 0)
-        rope = self.transformer.rope(torch.cat((coords, outside))[plan.position])  # -1 picks the last row
+        places = torch.cat((coords, outside))[plan.position]  # -1 picks the last row
+        if prefix_rope == "line":
+            if coords.shape[1] != 1:
+                raise TokenloomError(
+                    f"prefix_rope 'line' needs a layout of one axis, got {self.order.layout}."
+                )
+            first = torch.arange(plan.rows)[:, None]
+            places = torch.where(plan.position[:, None] < 0, first, places + self.condition.length)
+        rope = self.transformer.rope(places)
         if rope is not None:
             self.register_buffer("rope_cos", rope[0], persistent=False)
             self.register_buffer("rope_sin", rope[1], persistent=False)
         prefix = self.condition.length
-        places = self.transformer.config.learned_positions
-        if 0 < places < prefix + len(coords):
+        learned = self.transformer.config.learned_positions
+        if 0 < learned < prefix + len(coords):
             raise TokenloomError(
-                f"learned_positions is {places}, but {prefix} prefix rows and {len(coords)} tokens need "
+                f"learned_positions is {learned}, but {prefix} prefix rows and {len(coords)} tokens need "
                 f"{prefix + len(coords)}; use that, or 0 for none."
             )
         ids = torch.where(plan.position < 0, torch.arange(plan.rows), prefix + plan.position)
@@ -262,7 +270,7 @@ class Generator(ModelMixin, ConfigMixin):
                 f"{name} must lie in 0..{self.vocab_size - 1}, got {int(codes.min())}..{int(codes.max())}."
             )
 
-    def logits(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+    def logits(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """Teacher-forced logits.
 
         Args:
@@ -280,22 +288,23 @@ class Generator(ModelMixin, ConfigMixin):
         rows = torch.arange(plan.rows)
         tokens = plan.position[(plan.position >= 0) & ~plan.query]
         x = self._embed(codes, tokens, int(plan.query.sum()), prefix)
-        taps = self.run_rows(x, rows, mask=plan.mask, condition=self.pooled_condition(prefix))
+        mask = plan.mask_for(self.condition.visible(condition), rows, plan.rows, plan.mask)
+        taps = self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
         inverse = self.order.inverse
         return self._head(hidden[:, :, inverse.to(device)], plan.weights[:, inverse], self._table())
 
-    def loss(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+    def loss(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """Mean cross-entropy in nats a token of codes (B, N)."""
         return F.cross_entropy(self.logits(codes, condition).float().flatten(0, 1), codes.flatten())
 
-    def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """`loss(codes, condition)`, the training forward."""
         return self.loss(codes, condition)
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def _batch(self, condition: Tensor | None, batch_size: int | None) -> tuple[Tensor | None, int]:
+    def _batch(self, condition: Given | None, batch_size: int | None) -> tuple[Given | None, int]:
         if condition is None:
             batch = 1 if batch_size is None else batch_size
             if not isinstance(batch, int) or batch < 1:
@@ -327,7 +336,7 @@ class Generator(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def generate(
         self,
-        condition: Tensor | None = None,
+        condition: Given | None = None,
         *,
         batch_size: int | None = None,
         guidance: float | Guidance | Callable[[float], float] = 1.0,
@@ -362,11 +371,14 @@ class Generator(ModelMixin, ConfigMixin):
         kept = self._kept(known, keep, batch)
         noise_seeds = as_seeds(seeds, batch, self.device)
         strength, sampling = Guidance.of(guidance), sampling or Sampling()
-        prefix = self.condition(condition, batch, self.device)
+        prefix, visible = self.condition(condition, batch, self.device), self.condition.visible(condition)
         if strength.enabled:
             null = self.condition.null(batch, self.device)
+            if condition is not None:
+                null = self.condition.null_like(condition, self.device)
             prefix = torch.cat((prefix, self.condition(null, batch, self.device)))
-        stepper, table = decoding.make(decode, self, prefix), self._table()
+            visible = None if visible is None else visible.repeat(2, 1)
+        stepper, table = decoding.make(decode, self, prefix, visible), self._table()
         order = self.order
         codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
@@ -377,7 +389,8 @@ class Generator(ModelMixin, ConfigMixin):
             hidden = self._collect(stepper(x, index), step.sources, step.weights)
             if strength.enabled:  # the heads are affine: guidance before them is the same and half the work
                 conditional, null_half = hidden.chunk(2, dim=1)
-                hidden = guide(conditional, null_half, strength.at(progress)).to(hidden.dtype)
+                scale = strength.at(progress, step=index, made=order.slices[index].start)
+                hidden = guide(conditional, null_half, scale).to(hidden.dtype)
             positions = step.positions.to(codes.device)
             logits = self._head(hidden, step.weights, table)
             ids = self._sample(logits, noise_seeds, positions, sampling.at(progress), index)

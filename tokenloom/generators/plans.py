@@ -113,6 +113,29 @@ class RowPlan:
         visible = self.mask[self.feeds[step]][:, torch.cat([*before, self.feeds[step]])]
         return None if bool(visible.all()) else visible
 
+    def mask_for(
+        self, visible: Tensor | None, rows: Tensor, columns: int, mask: Tensor | None
+    ) -> Tensor | None:
+        """Adds to a mask what the samples hide of their prefix; every row still sees itself.
+
+        Args:
+            visible: BoolTensor (B, P), the prefix rows that may be looked at, or `None` for all.
+            rows: LongTensor (n,), the rows that look.
+            columns: How many rows L they look at, the prefix first.
+            mask: BoolTensor (n, L), or `None` where the plan hides nothing.
+
+        Returns:
+            `mask` where `visible` is `None`, else BoolTensor (B, 1, n, L).
+        """
+        if visible is None:
+            return mask
+        prefix, device = visible.shape[1], visible.device
+        full = torch.ones(len(rows), columns, dtype=torch.bool) if mask is None else mask
+        own = rows.to(device)[:, None] == torch.arange(prefix, device=device)
+        full = full.to(device).repeat(len(visible), 1, 1)
+        full[:, :, :prefix] &= visible[:, None] | own
+        return full[:, None]
+
 
 def _base_mask(row_step: Tensor, prefix: int, causal_prefix: bool) -> Tensor:
     mask = row_step[None, :] <= row_step[:, None]
