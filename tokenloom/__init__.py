@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
+    "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
     "ModelMixin": "diffusers",
@@ -48,12 +49,14 @@ if TYPE_CHECKING:
     from tokenloom.layouts import Layout as Layout
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
+    from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
     "Generator",
     "Guidance",
+    "ImageCNNTokenizer",
     "ImageVQTokenizer",
     "Layout",
     "ModelMixin",

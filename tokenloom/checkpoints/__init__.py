@@ -19,6 +19,8 @@ from tokenloom.errors import TokenloomError, unknown_name
 _ADAPTERS: dict[str, str] = {
     "dar": "llamagen",
     "llamagen": "llamagen",
+    "llamagen_vq": "image_cnn",
+    "maskgit_vqgan": "image_cnn",
     "nar": "nar",
     "nar_video": "nar",
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 _EXPORTS = {
     "FSQ": "quantizers",
+    "ImageCNNTokenizer": "image_cnn",
     "ImageVQTokenizer": "image_vq",
     "Quantized": "quantizers",
     "Tokenizer": "base",

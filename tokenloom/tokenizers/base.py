@@ -46,9 +46,14 @@ class Tokenizer(ModelMixin, ConfigMixin):
         """Bits of one sample's codes: N log2(vocab_size)."""
         return self.layout.size * math.log2(self.vocab_size)
 
-    def check_codes(self, codes: Tensor) -> None:
-        """Raises a clear error unless `codes` is an integer (B, N) tensor inside the vocabulary."""
-        size = self.layout.size
+    def check_codes(self, codes: Tensor, count: int | None = None) -> None:
+        """Raises a clear error unless `codes` is an integer (B, N) tensor inside the vocabulary.
+
+        Args:
+            codes: What shall be decoded.
+            count: N; `None` = the size of the layout.
+        """
+        size = self.layout.size if count is None else count
         given = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(type(codes))
         whole = isinstance(codes, Tensor) and codes.dtype in _INTEGERS
         if not whole or codes.ndim != 2 or codes.shape[1] != size:

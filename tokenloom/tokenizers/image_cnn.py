@@ -1,0 +1,200 @@
+"""A convolutional image tokenizer for pictures of any size: LlamaGen's VQ-8 and VQ-16, MaskGIT's VQGAN, and your own.
+
+Knows pixels, a convolutional encoder and decoder, and a quantizer. Knows nothing of generators, captions or files.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from tokenloom.errors import TokenloomError
+from tokenloom.layouts import Layout
+from tokenloom.tokenizers.base import Tokenizer
+from tokenloom.tokenizers.cnn import CNNConfig, CNNDecoder, CNNEncoder
+from tokenloom.tokenizers.quantizers import Quantized, make_quantizer
+
+Size = tuple[int, int]
+
+
+class ImageCNNTokenizer(Tokenizer):
+    """RGB pictures to a grid of codes and back, by convolutions.
+
+    `layout` is the grid of pictures of `image_size`. Pictures of other sizes work as well: they are padded to a multiple of the
+    stride by repeating their edge, and `decode` is told their size, to which it crops.
+
+    Args:
+        image_size: Side of the pictures in pixels, or (height, width).
+        channels: Width at full resolution.
+        multipliers: Width of every level as a multiple of `channels`; each level after the first halves the resolution.
+        blocks: Residual blocks a level.
+        latent_channels: Channels between the convolutions and the projections to and from codes.
+        norm_groups: Groups of the group norms.
+        form: "taming" or "maskgit", see `tokenloom.tokenizers.cnn`.
+        project: Whether 1x1 convolutions stand between latent channels and codes; without them both have one width.
+        quantizer_type: "vq", "fsq" or another quantizer with one code a vector.
+        quantizer_options: Keyword options of the quantizer; by default a cosine codebook of 4,096 codes of width 8.
+        pixel_range: Lowest and highest value of a pixel.
+        clamp: Whether `decode` clamps to `pixel_range`; official weights do not.
+    """
+
+    modality = "image"
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int | Sequence[int] = 64,
+        channels: int = 32,
+        multipliers: Sequence[int] = (1, 2, 2, 4),
+        blocks: int = 2,
+        latent_channels: int = 64,
+        norm_groups: int = 32,
+        form: str = "taming",
+        project: bool = True,
+        quantizer_type: str = "vq",
+        quantizer_options: dict[str, object] | None = None,
+        pixel_range: Sequence[float] = (-1.0, 1.0),
+        clamp: bool = True,
+    ) -> None:
+        super().__init__()
+        shape = CNNConfig(channels, tuple(multipliers), blocks, latent_channels, norm_groups, form)
+        self.stride = shape.stride
+        height, width = _as_size(image_size)
+        self.image_size: int | Size = height if height == width else (height, width)
+        rows, columns = self.grid_of((height, width))
+        self.grid: int | Size = rows if rows == columns else (rows, columns)
+        self.layout = Layout.grid(rows, columns)
+        if quantizer_options is None and quantizer_type == "vq":
+            quantizer_options = {"codebook_size": 4096, "dim": 8}
+        self.quantizer = make_quantizer(quantizer_type, dict(quantizer_options or {}))
+        self.vocab_size, dim = self.quantizer.codebook_size, self.quantizer.dim
+        if self.quantizer.codebooks > 1:
+            raise TokenloomError(
+                f"ImageCNNTokenizer needs one code a place, but {quantizer_type} gives {self.quantizer.codebooks}."
+            )
+        if not project and latent_channels != dim:
+            raise TokenloomError(
+                f"Without projections latent_channels must be the quantizer's width {dim}, got {latent_channels}."
+            )
+        self.pixel_range = (float(pixel_range[0]), float(pixel_range[1]))
+        self.clamp = clamp
+        self.encoder = CNNEncoder(shape)
+        self.to_code = nn.Conv2d(latent_channels, dim, 1) if project else nn.Identity()
+        self.from_code = nn.Conv2d(dim, latent_channels, 1) if project else nn.Identity()
+        self.decoder = CNNDecoder(shape)
+
+    @property
+    def bits_per_image(self) -> float:
+        """Bits of the codes of one picture of `image_size`."""
+        return self.bits_per_sample
+
+    def grid_of(self, size: Size) -> Size:
+        """Rows and columns of codes of a picture of (height, width) pixels."""
+        return math.ceil(size[0] / self.stride), math.ceil(size[1] / self.stride)
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        low, high = self.pixel_range
+        given = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else repr(type(pixels))
+        if (
+            not isinstance(pixels, Tensor)
+            or not pixels.is_floating_point()
+            or pixels.ndim != 4
+            or pixels.shape[1] != 3
+            or 0 in pixels.shape[2:]
+        ):
+            raise TokenloomError(
+                f"ImageCNNTokenizer expects float pixels of shape (B, 3, H, W) in [{low:g}, {high:g}], got {given}; "
+                "drop an alpha channel with pixels[:, :3] and scale bytes to the range."
+            )
+
+    def _check_values(self, pixels: Tensor) -> None:
+        if not pixels.numel():
+            return
+        low, high = self.pixel_range
+        least, most = (float(value) for value in pixels.detach().aminmax())
+        if not math.isfinite(least) or not math.isfinite(most):
+            raise TokenloomError(
+                "The pixels contain NaN or infinity; look for a division by zero before the tokenizer."
+            )
+        slack = 0.05 * (high - low)
+        if least < low - slack or most > high + slack:
+            warnings.warn(
+                f"Pixels lie in [{least:.3g}, {most:.3g}], but this tokenizer expects [{low:g}, {high:g}].",
+                stacklevel=3,
+            )
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Continuous vectors (B, N, d) in raster order before quantization of pixels (B, 3, H, W)."""
+        pixels = pixels.to(self.encoder.conv_in.weight.dtype)
+        height, width = pixels.shape[2:]
+        rows, columns = self.grid_of((height, width))
+        below, right = rows * self.stride - height, columns * self.stride - width
+        if below or right:
+            pixels = F.pad(pixels, (0, right, 0, below), mode="replicate")
+        return self.to_code(self.encoder(pixels)).flatten(2).transpose(1, 2)
+
+    def paint_vectors(self, z_q: Tensor, size: Size | None = None) -> Tensor:
+        """Pixels (B, 3, H, W), not clamped, of quantized vectors (B, N, d) of a picture of `size`."""
+        height, width = _as_size(self.image_size) if size is None else size
+        latent = z_q.transpose(1, 2).unflatten(2, self.grid_of((height, width)))
+        return self.decoder(self.from_code(latent))[..., :height, :width]
+
+    def quantize(self, pixels: Tensor) -> Quantized:
+        """Codes, vectors, losses and statistics of pixels (B, 3, H, W) in `pixel_range`."""
+        self._check_pixels(pixels)
+        return self.quantizer.encode(self.features(pixels))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes (B, N) in raster order of pixels (B, 3, H, W) in `pixel_range`, of any size.
+
+        Raises:
+            TokenloomError: For anything but float pixels of three channels, or NaN. A wrong range is a warning.
+        """
+        self._check_pixels(pixels)
+        self._check_values(pixels)
+        return self.quantize(pixels).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, size: Size | None = None) -> Tensor:
+        """Pixels (B, 3, H, W) of codes.
+
+        Args:
+            codes: LongTensor (B, N) in raster order.
+            size: Height and width of the picture; `None` = `image_size`.
+
+        Raises:
+            TokenloomError: If the codes are not those of such a picture.
+        """
+        height, width = _as_size(self.image_size if size is None else size)
+        rows, columns = self.grid_of((height, width))
+        self.check_codes(codes, rows * columns)
+        vectors = self.quantizer.decode(codes.long()).to(self.decoder.conv_in.weight.dtype)
+        pixels = self.paint_vectors(vectors, (height, width))
+        return pixels.clamp(*self.pixel_range) if self.clamp else pixels
+
+    def reconstruct(self, media: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) after encoding and decoding pixels of the same shape, of any size."""
+        codes = self.encode(media)
+        return self.decode(codes, (media.shape[2], media.shape[3]))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Quantized]:
+        """Differentiable reconstruction (B, 3, H, W), not clamped, and what the quantizer returned."""
+        quantized = self.quantize(pixels)
+        return self.paint_vectors(quantized.z_q, (pixels.shape[2], pixels.shape[3])), quantized
+
+
+def _as_size(size: int | Sequence[int]) -> Size:
+    """(height, width) of one number or two."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise TokenloomError(
+            f"A picture's size is one number or (height, width), each at least 1; got {size!r}."
+        )
+    return int(sides[0]), int(sides[1])
