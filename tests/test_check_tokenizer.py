@@ -110,6 +110,19 @@ def test_a_tokenizer_of_your_own_passes(seed):
     check_tokenizer(Patches(), seed=seed)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_decoder_that_looks_far_away_is_no_wrong_order(seed):
+    check_tokenizer(small(merge=1), seed=seed)
+
+
+@pytest.mark.parametrize("size", [8, 12, 32])
+def test_the_order_is_seen_on_small_and_large_grids(size):
+    check_tokenizer(Patches(size))
+    for kind in (ColumnsFirst, Upside):
+        with pytest.raises(TokenizerCheckError, match="They look like"):
+            check_tokenizer(kind(size))
+
+
 def test_a_tokenizer_of_other_media_passes():
     media = torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(0))
     check_tokenizer(Wave(), media)

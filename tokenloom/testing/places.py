@@ -14,7 +14,7 @@ from tokenloom.testing.failures import Bench, require
 _MOST_PLACES = 24
 _MOST_SAMPLES = 4
 _CHUNK = 16
-_LOCAL = 1.5  # how many times the mean effect the strongest must be for places to mean something
+_LOCAL = 0.5  # how far the strongest effect must stand out, in mean effects, for places to mean something
 
 
 def code_order(bench: Bench) -> None:
@@ -85,22 +85,27 @@ def _at(effects: Tensor, where: Tensor) -> float:
 
 
 def _judge(side: str, effects: Tensor, places: Tensor, rows: int, columns: int) -> None:
-    # cells that change whatever place is touched say nothing: each counts relative to its own mean
-    effects = effects / effects.mean(1, keepdim=True).clamp(min=1e-9)
-    first, second = effects
     mean = float(effects.mean())
+    effects = effects - effects.mean(
+        1, keepdim=True
+    )  # cells that change whatever place is touched say nothing
+    first, second = effects
     # the strongest cell of one group of samples, weighed by the other, so that chance does not count
     strongest = (_at(second, first.argmax(1)) + _at(first, second.argmax(1))) / 2
-    both = effects.mean(0)
-    declared = _at(both, places)
-    if strongest < _LOCAL * mean or declared >= (strongest + mean) / 2:
+    if strongest < _LOCAL * mean:
         return
+    both = effects.mean(0)
     guess = ""
     for name, where in _other_orders(places, rows, columns).items():
-        if _at(both, where) >= (strongest + mean) / 2:
+        moved = where != places
+        if not moved.any():
+            continue
+        there, here = _at(both[moved], where[moved]), _at(both[moved], places[moved])
+        if there >= strongest / 2 and there > 2 * here:
             guess = f" They look like {name}."
+            break
     require(
-        False,
+        not guess and _at(both, places) >= strongest / 4,
         f"{side}() does not keep the codes in the order of layout {rows}x{columns}: code n must stand for cell n in raster "
         f"order (rows first), but its effect is elsewhere.{guess} Check permute and flatten, and the layout's sides.",
     )
@@ -112,7 +117,7 @@ def _other_orders(places: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
     last = rows * columns - 1
     return {
         "columns first": places % rows * columns + places // rows,
-        "columns first (on one side only)": column * rows + row,
+        "the inverse of columns first": column * rows + row,
         "reversed order": last - places,
         "rows from below": (rows - 1 - row) * columns + column,
         "columns from the right": row * columns + (columns - 1 - column),
