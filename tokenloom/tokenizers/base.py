@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError
 from tokenloom.layouts import Layout
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Tokenizer(ModelMixin, ConfigMixin):
@@ -21,7 +24,7 @@ class Tokenizer(ModelMixin, ConfigMixin):
     Subclasses set `modality`, `layout` and `vocab_size`. Codes are LongTensor (B, N) in layout order.
     """
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]
     modality: str
     layout: Layout
     vocab_size: int
@@ -46,10 +49,11 @@ class Tokenizer(ModelMixin, ConfigMixin):
     def check_codes(self, codes: Tensor) -> None:
         """Raises a clear error unless `codes` is an integer (B, N) tensor inside the vocabulary."""
         size = self.layout.size
-        if codes.ndim != 2 or codes.shape[1] != size or codes.is_floating_point():
+        given = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(type(codes))
+        whole = isinstance(codes, Tensor) and codes.dtype in _INTEGERS
+        if not whole or codes.ndim != 2 or codes.shape[1] != size:
             raise TokenloomError(
-                f"{type(self).__name__}.decode expects integer codes of shape (B, {size}), "
-                f"got {codes.dtype} {tuple(codes.shape)}."
+                f"{type(self).__name__}.decode expects integer codes of shape (B, {size}), got {given}."
             )
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.vocab_size):
             raise TokenloomError(

@@ -67,14 +67,16 @@ class ImageVQTokenizer(Tokenizer):
         quantizer_options: dict[str, object] | None = None,
     ) -> None:
         super().__init__()
-        if image_size % (patch * merge):
+        if min(image_size, patch, merge) < 1 or image_size % (patch * merge):
             raise TokenloomError(
                 f"image_size {image_size} must be a multiple of patch * merge = {patch * merge}."
             )
         self.image_size, self.merge, self.patches = image_size, merge, image_size // patch
         self.grid = self.patches // merge
         self.layout = Layout.grid(self.grid, self.grid)
-        self.quantizer = make_quantizer(quantizer_type, dict(quantizer_options or {"levels": [8, 8, 8, 8]}))
+        if quantizer_options is None and quantizer_type == "fsq":
+            quantizer_options = {"levels": [8, 8, 8, 8]}
+        self.quantizer = make_quantizer(quantizer_type, dict(quantizer_options or {}))
         self.vocab_size = self.quantizer.codebook_size
         dim = self.quantizer.dim
         self.stem = nn.Conv2d(3, width, patch, stride=patch)
@@ -92,14 +94,20 @@ class ImageVQTokenizer(Tokenizer):
 
     def _check_pixels(self, pixels: Tensor) -> None:
         expected = (3, self.image_size, self.image_size)
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected or not pixels.is_floating_point():
+        given = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else repr(type(pixels))
+        if (
+            not isinstance(pixels, Tensor)
+            or tuple(pixels.shape[1:]) != expected
+            or not pixels.is_floating_point()
+        ):
             raise TokenloomError(
                 f"ImageVQTokenizer expects float pixels of shape (B, {', '.join(map(str, expected))}) in [-1, 1], "
-                f"got {pixels.dtype} {tuple(pixels.shape)}; resize the picture and scale it with x / 127.5 - 1."
+                f"got {given}; resize the picture and scale it with x / 127.5 - 1."
             )
 
     def features(self, pixels: Tensor) -> Tensor:
         """Continuous vectors (B, N, d) before quantization of pixels (B, 3, H, W)."""
+        pixels = pixels.to(self.stem.weight.dtype)
         x = self.encoder(self.stem(pixels).flatten(2).transpose(1, 2))  # (B, P, D)
         side, merge = self.grid, self.merge
         x = x.unflatten(1, (side, merge, side, merge)).permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
@@ -127,7 +135,7 @@ class ImageVQTokenizer(Tokenizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] of codes (B, N)."""
         self.check_codes(codes)
-        vectors = self.quantizer.decode(codes).to(self.from_code.weight.dtype)
+        vectors = self.quantizer.decode(codes.long()).to(self.from_code.weight.dtype)
         return self.paint_vectors(vectors).clamp(-1, 1)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Quantized]:

@@ -41,6 +41,8 @@ class WordTokenizer:
     def __init__(self, vocabulary: Sequence[str], max_length: int = 12) -> None:
         if max_length < 1:
             raise TokenloomError(f"max_length must be at least 1, got {max_length}.")
+        if isinstance(vocabulary, str) or not all(isinstance(word, str) for word in vocabulary):
+            raise TokenloomError("The vocabulary must be a list of words, each a text.")
         self.vocabulary = list(vocabulary)
         self.max_length = max_length
         self._ids = {word: index + 2 for index, word in enumerate(self.vocabulary)}
@@ -61,14 +63,24 @@ class WordTokenizer:
         return len(self.vocabulary) + 2
 
     def _id(self, word: str) -> int:
-        for form in (word, word.removesuffix("s"), word.removesuffix("es"), word + "s"):
+        forms = [word, word.removesuffix("s"), word.removesuffix("es"), word + "s"]
+        if word.endswith("ies"):
+            forms.append(word[:-3] + "y")
+        for form in forms:
             if form in self._ids:
                 return self._ids[form]
         return 1
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Ids LongTensor (B, T) of texts; missing places are 0."""
+        """Ids LongTensor (B, T) of texts; missing places are 0.
+
+        Raises:
+            TokenloomError: If something in the list is not a text.
+        """
         batch = [texts] if isinstance(texts, str) else list(texts)
+        for index, text in enumerate(batch):
+            if not isinstance(text, str):
+                raise TokenloomError(f"Expected a text at place {index} of the list, got {text!r}.")
         ids = torch.zeros(len(batch), self.max_length, dtype=torch.long)
         for row, text in enumerate(batch):
             found = [self._id(word) for word in split_words(text)][: self.max_length]
@@ -95,5 +107,5 @@ class WordTokenizer:
             return cls(content["words"], content["max_length"])
         except OSError as error:
             raise TokenloomError(f"Cannot read {path}: {error.strerror}.") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise TokenloomError(f"{path} is not a vocabulary file: {error!r}; save it again.") from None
