@@ -113,12 +113,14 @@ class Generator(ModelMixin, ConfigMixin):
         head_bias: Whether output matrices have a bias.
         code_levels: Radix of each digit of a code, least significant first, for codes of a scalar quantizer: the token
             table is then the sum of digit vectors and code vectors.
+        rule_config: Settings of the paradigm itself, for generators that have some (`NextScaleGenerator`).
     """
 
     config_name = "config.json"  # type: ignore[assignment]
     rope_cos: Tensor
     rope_sin: Tensor
     row_position: Tensor
+    tokens: Any  # a TokenTable, or what `make_tokens` of a subclass returns
 
     @register_to_config
     def __init__(
@@ -133,9 +135,11 @@ class Generator(ModelMixin, ConfigMixin):
         tie_embeddings: bool = False,
         head_bias: bool = False,
         code_levels: list[int] | None = None,
+        rule_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.order = Order.from_config(order_config)
+        self.rule = self.make_rule(rule_config or {})
         settings = TransformerConfig.from_dict(transformer_config)
         width = settings.width
         self.condition = make_condition(condition_config, width)
@@ -148,7 +152,7 @@ class Generator(ModelMixin, ConfigMixin):
         if tie_embeddings and not share_head:
             raise TokenloomError("tie_embeddings needs share_head.")
         self.transformer = Transformer(settings)
-        self.tokens = TokenTable(vocab_size, width, code_levels)
+        self.tokens = self.make_tokens(vocab_size, width, code_levels)
         if self.plan.query.any():
             self.query = nn.Parameter(torch.randn(width) * 0.02)
         self.tied, self.shared, self.head_bias = tie_embeddings, share_head, head_bias
@@ -164,6 +168,15 @@ class Generator(ModelMixin, ConfigMixin):
     def make_plan(self, order: Order, prefix: int, causal_prefix: bool) -> RowPlan:
         """The row plan of this paradigm."""
         raise TokenloomError(f"{type(self).__name__} does not define make_plan(); override it.")
+
+    def make_rule(self, options: dict[str, Any]) -> Any:
+        """Settings of this paradigm from `rule_config`; most have none."""
+        for name in options:
+            raise unknown_name(f"rule option of {type(self).__name__}", name, ())
+
+    def make_tokens(self, vocab_size: int, width: int, code_levels: list[int] | None) -> nn.Module:
+        """What turns codes into rows; it has `codes`, an embedding of V codes, and `weight` (V, D) for tied heads."""
+        return TokenTable(vocab_size, width, code_levels)
 
     @property
     def vocab_size(self) -> int:
@@ -207,6 +220,17 @@ class Generator(ModelMixin, ConfigMixin):
         if queries:
             parts.append(self.query.expand(codes.shape[0], queries, -1))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _inputs(self, codes: Tensor, prefix: Tensor, step: int | None = None) -> Tensor:
+        """Embeddings (B, n, D) of the rows fed at a step, or of all rows where `step` is `None` (teacher forcing).
+
+        The one place where a paradigm whose rows are more than tokens and queries says what it feeds.
+        """
+        if step is None:
+            position, query = self.plan.position, self.plan.query
+            return self._embed(codes, position[(position >= 0) & ~query], int(query.sum()), prefix)
+        fed = self.plan.steps[step]
+        return self._embed(codes, fed.tokens, fed.queries, None if step else prefix)
 
     def run_rows(self, x: Tensor, rows: Tensor, *, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         """Runs the transformer on embeddings (B, n, D) of row ids (n,); options as in `Transformer.forward`."""
@@ -286,8 +310,7 @@ class Generator(ModelMixin, ConfigMixin):
         plan = self.plan
         prefix = self.condition(condition, batch, device)
         rows = torch.arange(plan.rows)
-        tokens = plan.position[(plan.position >= 0) & ~plan.query]
-        x = self._embed(codes, tokens, int(plan.query.sum()), prefix)
+        x = self._inputs(codes, prefix)
         mask = plan.mask_for(self.condition.visible(condition), rows, plan.rows, plan.mask)
         taps = self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
@@ -385,7 +408,7 @@ class Generator(ModelMixin, ConfigMixin):
         for index, step in enumerate(self.plan.steps):
             progress = index / max(1, order.num_steps - 1)
             shown = codes.repeat(2, 1) if strength.enabled else codes
-            x = self._embed(shown, step.tokens, step.queries, None if index else prefix)
+            x = self._inputs(shown, prefix, index)
             hidden = self._collect(stepper(x, index), step.sources, step.weights)
             if strength.enabled:  # the heads are affine: guidance before them is the same and half the work
                 conditional, null_half = hidden.chunk(2, dim=1)
