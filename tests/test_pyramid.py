@@ -60,10 +60,11 @@ def test_official_views() -> None:
     close(pyramid.views(codes), data["output.var_input"])
     for scale in range(1, 5):
         want = data[f"output.next_input.{scale - 1}"].flatten(2).transpose(1, 2)
-        close(pyramid.view(codes, scale), want)
+        close(pyramid.shrink(pyramid.decode(codes, scale), scale), want)
         later = codes.clone()
         later[:, pyramid.slices[scale].start :] = 0
-        assert torch.equal(pyramid.view(later, scale), pyramid.view(codes, scale))
+        known = pyramid.slices[scale].stop - 1  # the first scale has no view
+        assert torch.equal(pyramid.views(later)[:, :known], pyramid.views(codes)[:, :known])
 
 
 def test_official_codes() -> None:

@@ -103,22 +103,18 @@ class ResidualPyramid(nn.Module):
         return total
 
     def shrink(self, features: Tensor, scale: int) -> Tensor:
-        """Features (B, C, H, W) averaged to the size of a scale: (B, C, h, w)."""
-        if self.maps[scale] == self.maps[-1]:
-            return features
-        return F.interpolate(features, size=self.maps[scale], mode="area")
-
-    def view(self, codes: Tensor, scale: int) -> Tensor:
-        """What is known before a scale is made, at the size of that scale: (B, n, C)."""
-        return self.shrink(self.decode(codes, scale), scale).flatten(2).transpose(1, 2)
+        """Features (B, C, H, W) averaged to the positions of a scale: (B, n, C)."""
+        if self.maps[scale] != self.maps[-1]:
+            features = F.interpolate(features, size=self.maps[scale], mode="area")
+        return features.flatten(2).transpose(1, 2)
 
     def views(self, codes: Tensor) -> Tensor:
-        """`view` of every scale but the first, one after another, in one pass over codes (B, N): (B, N - n0, C)."""
-        total = self.codes.weight.new_zeros(codes.shape[0], self.channels, *self.maps[-1])
+        """What codes (B, N) make known before each scale but the first, at the size of that scale: (B, N - n0, C)."""
+        total = self.decode(codes, 0)
         parts = [total.new_zeros(codes.shape[0], 0, self.channels)]
         for scale, place in enumerate(self.slices[:-1]):
             total = total + self.detail(codes[:, place], scale)
-            parts.append(self.shrink(total, scale + 1).flatten(2).transpose(1, 2))
+            parts.append(self.shrink(total, scale + 1))
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
@@ -135,7 +131,7 @@ class ResidualPyramid(nn.Module):
             )
         rest, codes = features, []
         for scale in range(self.scales):
-            codes.append(self.nearest(self.shrink(rest, scale).flatten(2).transpose(1, 2)))
+            codes.append(self.nearest(self.shrink(rest, scale)))
             rest = rest - self.detail(codes[-1], scale)
         return torch.cat(codes, dim=1)
 

@@ -221,16 +221,22 @@ class Generator(ModelMixin, ConfigMixin):
             parts.append(self.query.expand(codes.shape[0], queries, -1))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def _inputs(self, codes: Tensor, prefix: Tensor, step: int | None = None) -> Tensor:
-        """Embeddings (B, n, D) of the rows fed at a step, or of all rows where `step` is `None` (teacher forcing).
+    def _inputs(self, codes: Tensor, prefix: Tensor) -> Tensor:
+        """Embeddings (B, R, D) of all rows of the plan, for teacher forcing.
 
-        The one place where a paradigm whose rows are more than tokens and queries says what it feeds.
+        A paradigm whose rows are more than tokens and queries says here and in `_feed` what it feeds.
         """
-        if step is None:
-            position, query = self.plan.position, self.plan.query
-            return self._embed(codes, position[(position >= 0) & ~query], int(query.sum()), prefix)
-        fed = self.plan.steps[step]
-        return self._embed(codes, fed.tokens, fed.queries, None if step else prefix)
+        position, query = self.plan.position, self.plan.query
+        return self._embed(codes, position[(position >= 0) & ~query], int(query.sum()), prefix)
+
+    def _feed(self, prefix: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The same step by step: a function of (codes so far, step). It is made once a generation and may keep a state."""
+
+        def feed(codes: Tensor, step: int) -> Tensor:
+            fed = self.plan.steps[step]
+            return self._embed(codes, fed.tokens, fed.queries, None if step else prefix)
+
+        return feed
 
     def run_rows(self, x: Tensor, rows: Tensor, *, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         """Runs the transformer on embeddings (B, n, D) of row ids (n,); options as in `Transformer.forward`."""
@@ -402,14 +408,14 @@ class Generator(ModelMixin, ConfigMixin):
             prefix = torch.cat((prefix, self.condition(null, batch, self.device)))
             visible = None if visible is None else visible.repeat(2, 1)
         stepper, table = decoding.make(decode, self, prefix, visible), self._table()
+        feed = self._feed(prefix)
         order = self.order
         codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
         for index, step in enumerate(self.plan.steps):
             progress = index / max(1, order.num_steps - 1)
             shown = codes.repeat(2, 1) if strength.enabled else codes
-            x = self._inputs(shown, prefix, index)
-            hidden = self._collect(stepper(x, index), step.sources, step.weights)
+            hidden = self._collect(stepper(feed(shown, index), index), step.sources, step.weights)
             if strength.enabled:  # the heads are affine: guidance before them is the same and half the work
                 conditional, null_half = hidden.chunk(2, dim=1)
                 scale = strength.at(progress, step=index, made=order.slices[index].start)

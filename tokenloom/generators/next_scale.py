@@ -7,6 +7,7 @@ scale is fed the condition. Head: each row predicts the code at its own place. S
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,21 +81,8 @@ class MapRows(nn.Module):
         """Projected codebook (V, D)."""
         return self.project(self.codes.weight)
 
-    def forward(self, codes: Tensor, condition: Tensor, scale: int | None) -> Tensor:
-        """Rows of one scale, or of all scales where `scale` is `None`.
-
-        Args:
-            codes: LongTensor (B, N); those of later scales are not read.
-            condition: (B, 1, D), added to the first scale.
-            scale: The scale that the rows predict.
-        """
-        place = self.pyramid.slices[scale] if scale is not None else slice(None)
-        if scale:
-            rows = self.project(self.pyramid.view(codes, scale))
-        else:
-            rows = condition + self.start
-        if scale is None:
-            rows = torch.cat((rows, self.project(self.pyramid.views(codes))), dim=1)
+    def forward(self, rows: Tensor, place: slice) -> Tensor:
+        """Adds the vectors of the places (layout indices) and scales to rows (B, n, D)."""
         return rows + self.places[place] + self.levels(self.scale[place])
 
 
@@ -132,9 +120,29 @@ class NextScaleGenerator(Generator):
     def _words(prefix: int) -> int:
         return prefix if prefix > 1 else 0
 
-    def _inputs(self, codes: Tensor, prefix: Tensor, step: int | None = None) -> Tensor:
-        rows = self.tokens(codes, prefix.mean(1, keepdim=True), step)
-        return rows if step or not self._words(prefix.shape[1]) else torch.cat((prefix, rows), dim=1)
+    def _first(self, prefix: Tensor) -> Tensor:
+        """Rows of the first scale, behind the words."""
+        rows = prefix.mean(1, keepdim=True) + self.tokens.start
+        rows = self.tokens(rows, self.tokens.pyramid.slices[0])
+        return torch.cat((prefix, rows), dim=1) if self._words(prefix.shape[1]) else rows
+
+    def _inputs(self, codes: Tensor, prefix: Tensor) -> Tensor:
+        tokens = self.tokens
+        later = tokens(tokens.project(tokens.pyramid.views(codes)), slice(len(tokens.start), None))
+        return torch.cat((self._first(prefix), later), dim=1)
+
+    def _feed(self, prefix: Tensor) -> Callable[[Tensor, int], Tensor]:
+        tokens, pyramid = self.tokens, self.tokens.pyramid
+        total: Tensor | float = 0.0  # the running reconstruction
+
+        def feed(codes: Tensor, step: int) -> Tensor:
+            nonlocal total
+            if step == 0:
+                return self._first(prefix)
+            total = total + pyramid.detail(codes[:, pyramid.slices[step - 1]], step - 1)
+            return tokens(tokens.project(pyramid.shrink(total, step)), pyramid.slices[step])
+
+        return feed
 
     def features(self, codes: Tensor) -> Tensor:
         """What codes (B, N) add up to, (B, C, H, W): the input of the tokenizer's decoder."""
