@@ -206,6 +206,89 @@ def test_plain_attention_is_scaled_by_a_quarter() -> None:
         from_official("var", state, {"patch_nums": [1, 2, 3, 4]})
 
 
+def official_state(sides: list[int], width: int, heads: int, depth: int, **sizes: int) -> dict[str, Tensor]:
+    """Random weights of any size under the official names; `shared` is 1 for shared adaLN."""
+    size, channels, vocab, hidden = (
+        sum(n * n for n in sides),
+        sizes["channels"],
+        sizes["vocab"],
+        sizes["hidden"],
+    )
+    shapes: dict[str, tuple[int, ...]] = {
+        "class_emb.weight": (sizes["classes"] + 1, width),
+        "pos_start": (1, sides[0] ** 2, width),
+        "pos_1LC": (1, size, width),
+        "lvl_embed.weight": (len(sides), width),
+        "vae.quantize.embedding.weight": (vocab, channels),
+    }
+    linear = {
+        "word_embed": (width, channels),
+        "head_nm.ada_lin.1": (2 * width, width),
+        "head": (vocab, width),
+    }
+    if sizes["shared"]:
+        linear["shared_ada_lin.1"] = (6 * width, width)
+    for index in range(depth):
+        block = f"blocks.{index}."
+        shapes |= {f"{block}attn.{name}": (width,) for name in ("q_bias", "v_bias")}
+        shapes |= {
+            f"{block}attn.mat_qkv.weight": (3 * width, width),
+            f"{block}attn.scale_mul_1H11": (1, heads, 1, 1),
+        }
+        linear |= {
+            f"{block}attn.proj": (width, width),
+            f"{block}ffn.fc1": (hidden, width),
+            f"{block}ffn.fc2": (width, hidden),
+        }
+        if sizes["shared"]:
+            shapes[f"{block}ada_gss"] = (1, 1, 6, width)
+        else:
+            linear[f"{block}ada_lin.1"] = (6 * width, width)
+    for index in range(sizes["phis"]):
+        name = f"vae.quantize.quant_resi.qresi_ls.{index}"
+        shapes |= {f"{name}.weight": (channels, channels, 3, 3), f"{name}.bias": (channels,)}
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    noise = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=noise) * 0.3 for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "sizes"),
+    [
+        ("var", {"patch_nums": [1, 3, 4, 6, 7, 9]}, {"width": 36, "heads": 3, "depth": 3, "shared": 0}),
+        (
+            "var",
+            {"patch_nums": (2, 5), "quant_resi": -0.2},
+            {"width": 40, "heads": 5, "depth": 1, "shared": 1},
+        ),
+        (
+            "mvar",
+            {"patch_nums": [1, 2, 6, 8], "kernel_size": 5, "refine_step": 2},
+            {"width": 24, "heads": 2, "depth": 2, "shared": 1},
+        ),
+        ("mvar", {"patch_nums": [1, 2, 3]}, {"width": 24, "heads": 2, "depth": 2, "shared": 0}),
+    ],
+)
+def test_other_sizes(family: str, config: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Everything follows from the configuration and the shapes; all rungs agree; every weight comes back."""
+    state = official_state(
+        list(config["patch_nums"]), **sizes, channels=5, vocab=33, hidden=52, classes=7, phis=3
+    )
+    model = from_official(family, state, config)
+    back = to_official(model)
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    labels = torch.tensor([6, 0, 3, 7, 1])
+    for guidance in (official_guidance(family, cfg=2.5), 1.0):
+        made = [
+            model.generate(labels, guidance=guidance, seeds=seeds, decode=decode)
+            for seeds, decode in (([4, 5, 6, 7, 8], "reference"), (4, "cached"))
+        ]
+        assert torch.equal(made[0], made[1]) and made[0].unique().numel() > 10
+    assert model.tokens.pyramid.ratio == abs(config.get("quant_resi", 0.5))
+    assert model.rule.window == (config.get("kernel_size", 7) if family == "mvar" else 0)
+
+
 # ---- errors ------------------------------------------------------------------------------------------------------
 
 

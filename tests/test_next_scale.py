@@ -9,9 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_generators import VOCAB, conditions, make, random_codes
+from torch import Tensor
 
 from tokenloom.errors import TokenloomError
-from tokenloom.generators import Guidance, NextScaleGenerator, Sampling, Step, guide, orders, sample_tokens
+from tokenloom.generators import (
+    Guidance,
+    NextScaleGenerator,
+    Sampling,
+    Step,
+    base,
+    guide,
+    orders,
+    sample_tokens,
+)
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import scale_plan
 from tokenloom.layouts import Layout
@@ -169,6 +179,25 @@ def test_codes_follow_from_teacher_forced_logits(rule: str) -> None:
     guided = torch.stack([guide(plain[:, n], null[:, n], scale) for n, scale in enumerate(scales)], dim=1)
     assert torch.equal(sample_tokens(guided, seeds, torch.arange(30), Sampling()), codes)
     assert not torch.equal(model.generate(labels, seeds=seeds), codes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decode", ["reference", "cached"])
+@pytest.mark.parametrize("rule", RULES)
+def test_loss_is_the_sum_of_the_steps(rule: str, decode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative log-likelihoods, scale by scale, of codes that a generation is made to keep."""
+    model, codes, words = build(WIDE, rule, "words"), random_codes(WIDE, 2), conditions("words", 2)
+    total = 0.0
+
+    def record(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling) -> Tensor:
+        nonlocal total
+        total += float(F.cross_entropy(logits.flatten(0, 1), codes[:, positions].flatten(), reduction="sum"))
+        return sample_tokens(logits, seeds, positions, sampling)
+
+    monkeypatch.setattr(base, "sample_tokens", record)
+    keep = torch.ones(WIDE.layout.size, dtype=torch.bool)
+    model.generate(words, known=codes, keep=keep, decode=decode, seeds=0)
+    assert total / codes.numel() == pytest.approx(float(model.loss(codes, words)), rel=1e-4)
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
