@@ -1,15 +1,13 @@
-"""Generators: teacher-forced logits, loss, conditions, output matrices, storage, errors and official weights."""
+"""Generators: teacher-forced logits, loss, conditions, output matrices, storage and errors."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from tiny_generators import CONDITIONS, VOCAB, cases, conditions, make, random_codes
 from torch import Tensor
 
@@ -19,18 +17,14 @@ from tokenloom.generators import (
     NextBlockGenerator,
     NextNeighborGenerator,
     NextTokenGenerator,
-    Sampling,
-    guide,
     orders,
 )
 from tokenloom.generators.orders import Order
 from tokenloom.layouts import Layout
 
-FIXTURES = Path(__file__).parent / "fixtures" / "generators"
 CASES = [pytest.param(cls, order, id=f"{name}-{order}") for name, cls, order in cases()]
 GRID = orders.neighbors(Layout.grid(3, 3))
 LINE = orders.raster(Layout.line(5))
-GREEDY = Sampling(temperature=0)
 
 
 # ---- teacher forcing ---------------------------------------------------------------------------------------------
@@ -370,108 +364,3 @@ KEEP = torch.zeros(9, dtype=torch.bool)
 def test_bad_generate_arguments(kind: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(TokenloomError, match=message):
         make(NextNeighborGenerator, GRID, kind).generate(**options)
-
-
-# ---- official weights --------------------------------------------------------------------------------------------
-
-BLOCK_NAMES = {
-    "attention.wqkv.weight": "attention.qkv.weight",
-    "attention.wo.weight": "attention.out.weight",
-    "feed_forward.w2.weight": "mlp.down.weight",
-    "attention_norm.weight": "norm1.weight",
-    "ffn_norm.weight": "norm2.weight",
-}
-
-
-def official(family: str) -> tuple[Generator, dict[str, Tensor]]:
-    """A LlamaGen or NAR class-to-image fixture, renamed into the generator that can hold it."""
-    with safe_open(FIXTURES / f"{family}_c2i_tiny.safetensors", "pt") as file:
-        data = {name: file.get_tensor(name) for name in file.keys()}
-    cls, build = (
-        (NextTokenGenerator, orders.raster)
-        if family == "llamagen"
-        else (NextNeighborGenerator, orders.neighbors)
-    )
-    depth = 2 if family == "llamagen" else 3
-    settings = {
-        "width": 64,
-        "heads": 4,
-        "depth": depth,
-        "mlp_width": 192,
-        "taps": (2,) if family == "llamagen" else (2, 3),
-    }
-    model = cls(
-        build(Layout.grid(4, 4)).to_config(),
-        96,
-        settings,
-        {"kind": "class", "num_classes": 10},
-        prefix_rope="zero",
-        share_head=False,
-    )
-    old = {name[6:]: value for name, value in data.items() if name.startswith("state.")}
-    new = {
-        "condition.table.weight": old["cls_embedding.embedding_table.weight"],
-        "tokens.codes.weight": old["tok_embeddings.weight"],
-        "transformer.norms.0.weight": old["norm.weight"],
-        "heads.0.weight": old["output.weight"],
-    }
-    if family == "nar":
-        new["transformer.norms.1.weight"] = old["medusa_norm.weight"]
-        new["heads.1.weight"] = old["medusa_output.weight"]
-    for index in range(depth):
-        source, target = f"layers.{index}.", f"transformer.blocks.{index}."
-        new |= {target + name: old[source + key] for key, name in BLOCK_NAMES.items()}
-        gate, up = (old[f"{source}feed_forward.{name}.weight"] for name in ("w1", "w3"))
-        new[f"{target}mlp.up.weight"] = torch.cat((gate, up))
-    model.load_state_dict(new, strict=True)
-    return model.eval(), data
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["llamagen", "nar"])
-def test_official_logits(family: str) -> None:
-    model, data = official(family)
-    logits, want = model.logits(data["input.ids"], data["input.cond"]), data["output.tf_logits"]
-    assert (logits - want).abs().max() <= 2e-4 * want.abs().max()
-    loss = model.loss(data["input.ids"], data["input.cond"])
-    torch.testing.assert_close(loss, data["output.tf_loss"][0], rtol=1e-4, atol=0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["llamagen", "nar"])
-def test_official_rope(family: str) -> None:
-    """The class row is zero, the grid rows follow in decode order."""
-    model, data = official(family)
-    table, positions = data["output.freqs_cis"], model.plan.position
-    torch.testing.assert_close(model.rope_cos, table[positions + 1, :, 0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(model.rope_sin, table[positions + 1, :, 1], rtol=0, atol=1e-6)
-
-
-def interval(family: str) -> Callable[[float], float]:
-    """Guidance 2 until the official interval of 4 is over: in steps (LlamaGen) or tokens (NAR)."""
-    if family == "llamagen":
-        return lambda progress: 2.0 if round(progress * 15) - 1 <= 4 else 1.0
-    made = [1, 3, 6, 10, 13, 15, 16]
-    return lambda progress: 2.0 if ([0, *made][round(progress * 6)] <= 4) else 1.0
-
-
-@pytest.mark.parametrize("decode", ["reference", "cached"])
-@pytest.mark.parametrize("family", ["llamagen", "nar"])
-def test_official_greedy_ids(family: str, decode: str) -> None:
-    model, data = official(family)
-    for guidance, name in ((1.0, "nocfg_ids"), (2.0, "ids"), (interval(family), "interval_ids")):
-        codes = model.generate(data["input.cond"], guidance=guidance, sampling=GREEDY, decode=decode)
-        assert codes.tolist() == data[f"output.gen_{name}"].tolist(), name
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["llamagen", "nar"])
-def test_official_guided_logits(family: str) -> None:
-    """What the official sampler saw at every step of the guided run."""
-    model, data = official(family)
-    codes = data["output.gen_ids"].long()
-    guided = guide(model.logits(codes, data["input.cond"]), model.logits(codes), 2.0)
-    for step, place in enumerate(model.order.slices):
-        want = data[f"output.gen_step_logits.{step}"]
-        got = guided[:, model.order.permutation[place]]
-        assert (got - want).abs().max() <= 2e-4 * want.abs().max()

@@ -13,9 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenloom.checkpoints.guidance import official_guidance as official_guidance
 from tokenloom.errors import TokenloomError, unknown_name
 
-_ADAPTERS: dict[str, str] = {}
+_ADAPTERS: dict[str, str] = {
+    "dar": "llamagen",
+    "llamagen": "llamagen",
+    "mvar": "var",
+    "nar": "nar",
+    "nar_video": "nar",
+    "var": "var",
+}
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 
 

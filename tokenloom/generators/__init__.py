@@ -9,9 +9,11 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "CaptionFeatures": "conditions",
     "Generator": "base",
     "NextBlockGenerator": "next_block",
     "NextNeighborGenerator": "next_neighbor",
+    "NextScaleGenerator": "next_scale",
     "NextTokenGenerator": "next_token",
     "Step": "base",
     "Transformer": "transformer",

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators import decoding
-from tokenloom.generators.conditions import make_condition
+from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import RowPlan
 from tokenloom.generators.sampling import Guidance, Sampling, guide, sample_tokens
 from tokenloom.generators.transformer import Transformer, TransformerConfig
 from tokenloom.rng import as_seeds
 
-PREFIX_ROPES = ("identity", "zero")
+PREFIX_ROPES = ("identity", "zero", "line")
 
 
 @dataclass(frozen=True)
@@ -103,22 +103,24 @@ class Generator(ModelMixin, ConfigMixin):
         order_config: `Order.to_config()`: layout and order.
         vocab_size: Number of codes V.
         transformer_config: Fields of `TransformerConfig`.
-        condition_config: {"kind": "none"}, {"kind": "class", "num_classes": C} or
-            {"kind": "words", "vocabulary": W, "length": P}.
+        condition_config: {"kind": "none"}, {"kind": "class", "num_classes": C},
+            {"kind": "words", "vocabulary": W, "length": P} or {"kind": "features", "features": F, "length": P}.
         causal_prefix: Whether prefix rows see only earlier prefix rows.
-        prefix_rope: "identity" (prefix rows are not rotated) or "zero" (their queries and keys become zero, the
-            convention of LlamaGen).
+        prefix_rope: "identity" (prefix rows are not rotated), "zero" (their queries and keys become zero, the
+            convention of LlamaGen) or "line" (they stand before the first token; for layouts of one axis).
         share_head: One output matrix for all directional heads.
         tie_embeddings: Use the token table as the output matrix (needs share_head).
         head_bias: Whether output matrices have a bias.
         code_levels: Radix of each digit of a code, least significant first, for codes of a scalar quantizer: the token
             table is then the sum of digit vectors and code vectors.
+        rule_config: Settings of the paradigm itself, for generators that have some (`NextScaleGenerator`).
     """
 
     config_name = "config.json"  # type: ignore[assignment]
     rope_cos: Tensor
     rope_sin: Tensor
     row_position: Tensor
+    tokens: Any  # a TokenTable, or what `make_tokens` of a subclass returns
 
     @register_to_config
     def __init__(
@@ -133,9 +135,11 @@ class Generator(ModelMixin, ConfigMixin):
         tie_embeddings: bool = False,
         head_bias: bool = False,
         code_levels: list[int] | None = None,
+        rule_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.order = Order.from_config(order_config)
+        self.rule = self.make_rule(rule_config or {})
         settings = TransformerConfig.from_dict(transformer_config)
         width = settings.width
         self.condition = make_condition(condition_config, width)
@@ -148,7 +152,7 @@ class Generator(ModelMixin, ConfigMixin):
         if tie_embeddings and not share_head:
             raise TokenloomError("tie_embeddings needs share_head.")
         self.transformer = Transformer(settings)
-        self.tokens = TokenTable(vocab_size, width, code_levels)
+        self.tokens = self.make_tokens(vocab_size, width, code_levels)
         if self.plan.query.any():
             self.query = nn.Parameter(torch.randn(width) * 0.02)
         self.tied, self.shared, self.head_bias = tie_embeddings, share_head, head_bias
@@ -165,6 +169,15 @@ class Generator(ModelMixin, ConfigMixin):
         """The row plan of this paradigm."""
         raise TokenloomError(f"{type(self).__name__} does not define make_plan(); override it.")
 
+    def make_rule(self, options: dict[str, Any]) -> Any:
+        """Settings of this paradigm from `rule_config`; most have none."""
+        for name in options:
+            raise unknown_name(f"rule option of {type(self).__name__}", name, ())
+
+    def make_tokens(self, vocab_size: int, width: int, code_levels: list[int] | None) -> nn.Module:
+        """What turns codes into rows; it has `codes`, an embedding of V codes, and `weight` (V, D) for tied heads."""
+        return TokenTable(vocab_size, width, code_levels)
+
     @property
     def vocab_size(self) -> int:
         """Number of codes V."""
@@ -175,15 +188,23 @@ class Generator(ModelMixin, ConfigMixin):
             raise unknown_name("prefix_rope", prefix_rope, PREFIX_ROPES)
         plan, coords = self.plan, self.order.layout.coords
         outside = torch.full((1, coords.shape[1]), -1 if prefix_rope == "zero" else 0)
-        rope = self.transformer.rope(torch.cat((coords, outside))[plan.position])  # -1 picks the last row
+        places = torch.cat((coords, outside))[plan.position]  # -1 picks the last row
+        if prefix_rope == "line":
+            if coords.shape[1] != 1:
+                raise TokenloomError(
+                    f"prefix_rope 'line' needs a layout of one axis, got {self.order.layout}."
+                )
+            first = torch.arange(plan.rows)[:, None]
+            places = torch.where(plan.position[:, None] < 0, first, places + self.condition.length)
+        rope = self.transformer.rope(places)
         if rope is not None:
             self.register_buffer("rope_cos", rope[0], persistent=False)
             self.register_buffer("rope_sin", rope[1], persistent=False)
         prefix = self.condition.length
-        places = self.transformer.config.learned_positions
-        if 0 < places < prefix + len(coords):
+        learned = self.transformer.config.learned_positions
+        if 0 < learned < prefix + len(coords):
             raise TokenloomError(
-                f"learned_positions is {places}, but {prefix} prefix rows and {len(coords)} tokens need "
+                f"learned_positions is {learned}, but {prefix} prefix rows and {len(coords)} tokens need "
                 f"{prefix + len(coords)}; use that, or 0 for none."
             )
         ids = torch.where(plan.position < 0, torch.arange(plan.rows), prefix + plan.position)
@@ -199,6 +220,23 @@ class Generator(ModelMixin, ConfigMixin):
         if queries:
             parts.append(self.query.expand(codes.shape[0], queries, -1))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _inputs(self, codes: Tensor, prefix: Tensor) -> Tensor:
+        """Embeddings (B, R, D) of all rows of the plan, for teacher forcing.
+
+        A paradigm whose rows are more than tokens and queries says here and in `_feed` what it feeds.
+        """
+        position, query = self.plan.position, self.plan.query
+        return self._embed(codes, position[(position >= 0) & ~query], int(query.sum()), prefix)
+
+    def _feed(self, prefix: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The same step by step: a function of (codes so far, step). It is made once a generation and may keep a state."""
+
+        def feed(codes: Tensor, step: int) -> Tensor:
+            fed = self.plan.steps[step]
+            return self._embed(codes, fed.tokens, fed.queries, None if step else prefix)
+
+        return feed
 
     def run_rows(self, x: Tensor, rows: Tensor, *, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         """Runs the transformer on embeddings (B, n, D) of row ids (n,); options as in `Transformer.forward`."""
@@ -262,7 +300,7 @@ class Generator(ModelMixin, ConfigMixin):
                 f"{name} must lie in 0..{self.vocab_size - 1}, got {int(codes.min())}..{int(codes.max())}."
             )
 
-    def logits(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+    def logits(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """Teacher-forced logits.
 
         Args:
@@ -278,24 +316,24 @@ class Generator(ModelMixin, ConfigMixin):
         plan = self.plan
         prefix = self.condition(condition, batch, device)
         rows = torch.arange(plan.rows)
-        tokens = plan.position[(plan.position >= 0) & ~plan.query]
-        x = self._embed(codes, tokens, int(plan.query.sum()), prefix)
-        taps = self.run_rows(x, rows, mask=plan.mask, condition=self.pooled_condition(prefix))
+        x = self._inputs(codes, prefix)
+        mask = plan.mask_for(self.condition.visible(condition), rows, plan.rows, plan.mask)
+        taps = self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
         inverse = self.order.inverse
         return self._head(hidden[:, :, inverse.to(device)], plan.weights[:, inverse], self._table())
 
-    def loss(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+    def loss(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """Mean cross-entropy in nats a token of codes (B, N)."""
         return F.cross_entropy(self.logits(codes, condition).float().flatten(0, 1), codes.flatten())
 
-    def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """`loss(codes, condition)`, the training forward."""
         return self.loss(codes, condition)
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def _batch(self, condition: Tensor | None, batch_size: int | None) -> tuple[Tensor | None, int]:
+    def _batch(self, condition: Given | None, batch_size: int | None) -> tuple[Given | None, int]:
         if condition is None:
             batch = 1 if batch_size is None else batch_size
             if not isinstance(batch, int) or batch < 1:
@@ -327,7 +365,7 @@ class Generator(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def generate(
         self,
-        condition: Tensor | None = None,
+        condition: Given | None = None,
         *,
         batch_size: int | None = None,
         guidance: float | Guidance | Callable[[float], float] = 1.0,
@@ -362,22 +400,26 @@ class Generator(ModelMixin, ConfigMixin):
         kept = self._kept(known, keep, batch)
         noise_seeds = as_seeds(seeds, batch, self.device)
         strength, sampling = Guidance.of(guidance), sampling or Sampling()
-        prefix = self.condition(condition, batch, self.device)
+        prefix, visible = self.condition(condition, batch, self.device), self.condition.visible(condition)
         if strength.enabled:
             null = self.condition.null(batch, self.device)
+            if condition is not None:
+                null = self.condition.null_like(condition, self.device)
             prefix = torch.cat((prefix, self.condition(null, batch, self.device)))
-        stepper, table = decoding.make(decode, self, prefix), self._table()
+            visible = None if visible is None else visible.repeat(2, 1)
+        stepper, table = decoding.make(decode, self, prefix, visible), self._table()
+        feed = self._feed(prefix)
         order = self.order
         codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
         for index, step in enumerate(self.plan.steps):
             progress = index / max(1, order.num_steps - 1)
             shown = codes.repeat(2, 1) if strength.enabled else codes
-            x = self._embed(shown, step.tokens, step.queries, None if index else prefix)
-            hidden = self._collect(stepper(x, index), step.sources, step.weights)
+            hidden = self._collect(stepper(feed(shown, index), index), step.sources, step.weights)
             if strength.enabled:  # the heads are affine: guidance before them is the same and half the work
                 conditional, null_half = hidden.chunk(2, dim=1)
-                hidden = guide(conditional, null_half, strength.at(progress)).to(hidden.dtype)
+                scale = strength.at(progress, step=index, made=order.slices[index].start)
+                hidden = guide(conditional, null_half, scale).to(hidden.dtype)
             positions = step.positions.to(codes.device)
             logits = self._head(hidden, step.weights, table)
             ids = self._sample(logits, noise_seeds, positions, sampling.at(progress), index)

@@ -7,12 +7,46 @@ Knows nothing of codes, orders or prompts (words arrive as ids).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, check_options, unknown_name
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionFeatures:
+    """Features of a caption from a text encoder, for generators with the condition "features".
+
+    Attributes:
+        features: (B, P, F), padded on the left.
+        mask: Boolean or 0/1 (B, P), true for real words; `None` = all are real.
+
+    Example:
+        >>> CaptionFeatures(torch.zeros(2, 4, 8), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).shape
+        torch.Size([2, 4, 8])
+    """
+
+    features: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (B, P, F) of the features."""
+        return self.features.shape
+
+    def to(self, device: torch.device) -> CaptionFeatures:
+        """The same features on another device."""
+        return CaptionFeatures(
+            self.features.to(device), None if self.mask is None else self.mask.to(device, torch.bool)
+        )
+
+
+Given = Tensor | CaptionFeatures
+"""What a condition may be given as."""
 
 
 class Condition(nn.Module):
@@ -24,12 +58,20 @@ class Condition(nn.Module):
 
     length: int
 
-    def null(self, batch: int, device: torch.device) -> Tensor | None:
+    def null(self, batch: int, device: torch.device) -> Given | None:
         """The condition that says nothing, for `batch` samples."""
         raise TokenloomError(f"{type(self).__name__} does not define null(); override it.")
 
+    def null_like(self, condition: Any, device: torch.device) -> Any:
+        """The null condition that stands beside `condition` in guidance."""
+        return self.null(condition.shape[0], device)
+
     def check(self, condition: Any) -> None:
         """Raises a clear error unless `condition` is usable."""
+
+    def visible(self, condition: Any) -> Tensor | None:
+        """BoolTensor (B, P): which prefix rows other rows may look at; `None` where nothing is hidden."""
+        return None
 
     def forward(self, condition: Tensor | None, batch: int, device: torch.device) -> Tensor:
         """Prefix rows (B, P, D)."""
@@ -61,16 +103,20 @@ class NoCondition(Condition):
 
 
 class ClassCondition(Condition):
-    """A class label, LongTensor (B,); the label `num_classes` is the null class."""
+    """A class label, LongTensor (B,); the label `num_classes` is the null class, unless `null_class` is false."""
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int, null_class: bool = True) -> None:
         super().__init__()
-        self.length, self.num_classes = 1, num_classes
-        self.table = nn.Embedding(num_classes + 1, width)
+        self.length, self.num_classes, self.null_class = 1, num_classes, null_class
+        self.table = nn.Embedding(num_classes + null_class, width)
         nn.init.normal_(self.table.weight, std=0.02)
 
     def null(self, batch: int, device: torch.device) -> Tensor:
         """The null class."""
+        if not self.null_class:
+            raise TokenloomError(
+                "This generator was trained without a null class: give labels, and leave guidance at 1."
+            )
         return torch.full((batch,), self.num_classes, device=device)
 
     def check(self, condition: Any) -> None:
@@ -79,7 +125,8 @@ class ClassCondition(Condition):
             raise TokenloomError(
                 f"Class labels must be an integer tensor of shape (B,), got {_describe(condition)}."
             )
-        if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) <= self.num_classes:
+        last = self.num_classes - (not self.null_class)
+        if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) <= last:
             raise TokenloomError(
                 f"Class labels must lie in 0..{self.num_classes - 1} ({self.num_classes} = no class), "
                 f"got {int(condition.min())}..{int(condition.max())}."
@@ -131,14 +178,78 @@ class WordCondition(Condition):
         return self.project(self.table(condition)) + self.place
 
 
+class FeatureCondition(Condition):
+    """Caption features (B, P, F) through a two-layer perceptron (LlamaGen and NAR text to image).
+
+    Rows of padding are seen by no row but themselves. The null condition is `absent`, under the same mask.
+
+    Args:
+        features: Width F of the features.
+        length: Rows P.
+        width: Model width D.
+    """
+
+    absent: Tensor
+
+    def __init__(self, features: int, length: int, width: int) -> None:
+        super().__init__()
+        self.features, self.length = features, length
+        self.up = nn.Linear(features, width, bias=False)
+        self.down = nn.Linear(width, width, bias=False)
+        self.register_buffer("absent", torch.randn(length, features) / features**0.5)
+
+    def null(self, batch: int, device: torch.device) -> CaptionFeatures:
+        """No caption, nothing hidden."""
+        return CaptionFeatures(self.absent.expand(batch, -1, -1).to(device))
+
+    def null_like(self, condition: CaptionFeatures, device: torch.device) -> CaptionFeatures:
+        """No caption, under the mask of this one."""
+        return CaptionFeatures(self.null(condition.shape[0], device).features, condition.mask)
+
+    def check(self, condition: Any) -> None:
+        """Features must be floating and (B, P, F), masks (B, P) with a true last column."""
+        if not isinstance(condition, CaptionFeatures):
+            raise TokenloomError(
+                f"This generator takes CaptionFeatures(features, mask), got {_describe(condition)}."
+            )
+        features, mask = condition.features, condition.mask
+        if not features.is_floating_point() or features.ndim != 3 or features.shape[1:] != self.absent.shape:
+            raise TokenloomError(
+                f"Caption features must be floating, of shape (B, {self.length}, {self.features}), "
+                f"got {_describe(features)}."
+            )
+        if mask is not None and mask.shape != features.shape[:2]:
+            raise TokenloomError(f"The mask must be {tuple(features.shape[:2])}, got {tuple(mask.shape)}.")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise TokenloomError(
+                "Captions are padded on the left, but the last column of the mask has zeros."
+            )
+
+    def visible(self, condition: CaptionFeatures) -> Tensor | None:
+        """The mask, unless it hides nothing."""
+        if condition.mask is None or bool(condition.mask.all()):
+            return None
+        return condition.mask.bool()
+
+    def forward(self, condition: CaptionFeatures, batch: int, device: torch.device) -> Tensor:  # type: ignore[override]
+        """One row a word."""
+        hidden = self.up(condition.features.to(self.up.weight.dtype))
+        return self.down(F.gelu(hidden, approximate="tanh"))
+
+
 def _describe(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def make_condition(options: Mapping[str, Any] | None, width: int) -> Condition:
-    """Builds a condition from {"kind": "none" | "class" | "words", ...options}."""
+    """Builds a condition from {"kind": "none" | "class" | "words" | "features", ...options}."""
     values = dict(options or {"kind": "none"})
-    kinds = {"none": NoCondition, "class": ClassCondition, "words": WordCondition}
+    kinds: dict[str, type[Condition]] = {
+        "none": NoCondition,
+        "class": ClassCondition,
+        "words": WordCondition,
+        "features": FeatureCondition,
+    }
     kind = values.pop("kind", "none")
     if kind not in kinds:
         raise unknown_name("condition kind", kind, kinds)

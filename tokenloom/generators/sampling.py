@@ -23,6 +23,7 @@ from tokenloom.rng import gumbel
 
 Schedule = Callable[[float], float]  # progress in [0, 1] -> value
 
+_GUIDANCE = ("constant", "linear", "steps")
 _NUCLEUS = ("descending", "ascending")
 # Masses are summed in float64; differences below this are rounding, so that a sum that equals the threshold in exact
 # arithmetic is treated alike everywhere.
@@ -123,10 +124,12 @@ class Guidance:
 
     Attributes:
         scale: The scale g; 1 is no guidance, and models then skip the unconditional forward.
-        schedule: "constant", "linear" (from `start` at progress 0 to `scale` at progress 1), or a function of progress
-            that returns the scale itself (`scale` and `start` then keep their defaults).
-        start: Scale at progress 0 of the linear schedule.
+        schedule: "constant", "linear" (from `start` at progress 0 to `scale` at progress 1), "steps" (`start` at step 0,
+            `scale` at step 1, and on in equal strides), or a function of progress that returns the scale itself
+            (`scale` and `start` then keep their defaults).
+        start: Scale at the first step of the schedules "linear" and "steps".
         interval: Progress range (both ends included) in which guidance is on; outside the scale is 1.
+        tokens: Guidance is on only while at most this many tokens exist; `None` is no limit.
 
     Raises:
         TokenloomError: For values that are not finite, or an interval outside [0, 1].
@@ -137,9 +140,10 @@ class Guidance:
     """
 
     scale: float = 1.0
-    schedule: Literal["constant", "linear"] | Schedule = "constant"
+    schedule: Literal["constant", "linear", "steps"] | Schedule = "constant"
     start: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the fields and makes them plain and hashable."""
@@ -151,8 +155,10 @@ class Guidance:
                     f"A guidance function returns the scale itself, got also scale={self.scale}, start={self.start}. "
                     "Leave both out."
                 )
-        elif self.schedule not in ("constant", "linear"):
-            raise unknown_name("guidance schedule", self.schedule, ("constant", "linear"))
+        elif self.schedule not in _GUIDANCE:
+            raise unknown_name("guidance schedule", self.schedule, _GUIDANCE)
+        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 0):
+            raise TokenloomError(f"Guidance tokens must be a whole number from 0 up, got {self.tokens!r}.")
         try:
             low, high = (float(end) for end in self.interval)
         except (TypeError, ValueError):
@@ -177,10 +183,15 @@ class Guidance:
         """Whether any step may need the unconditional branch."""
         if callable(self.schedule):
             return True
-        return self.scale != 1.0 or (self.schedule == "linear" and self.start != 1.0)
+        return self.scale != 1.0 or (self.schedule != "constant" and self.start != 1.0)
 
-    def at(self, progress: float) -> float:
-        """The scale at a progress in [0, 1]; 1.0 means that the unconditional branch is not needed.
+    def at(self, progress: float, *, step: int = 0, made: int = 0) -> float:
+        """The scale of a step; 1.0 means that the unconditional branch is not needed.
+
+        Args:
+            progress: In [0, 1], step / (steps - 1).
+            step: Index of the step, for the schedule "steps".
+            made: How many tokens exist before the step, for `tokens`.
 
         Raises:
             TokenloomError: If progress is out of range, or a guidance function returns something that is not finite.
@@ -188,10 +199,14 @@ class Guidance:
         progress = _progress(progress)
         if not self.interval[0] <= progress <= self.interval[1]:
             return 1.0
+        if self.tokens is not None and made > self.tokens:
+            return 1.0
         if callable(self.schedule):
             return _finite("guidance scale", self.schedule(progress))
         if self.schedule == "linear":
             return self.start + (self.scale - self.start) * progress
+        if self.schedule == "steps":
+            return self.start + (self.scale - self.start) * step
         return self.scale
 
 

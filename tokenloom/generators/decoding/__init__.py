@@ -1,7 +1,7 @@
 """Decode rungs: different ways to compute the hidden states of a step, all giving the same tokens.
 
-A rung is a class built from (generator, prefix) whose call (x, step) returns the tapped hidden states of the rows fed
-at that step. Knows nothing of sampling or guidance.
+A rung is a class built from (generator, prefix, visible) whose call (x, step) returns the tapped hidden states of the
+rows fed at that step; `visible` (B, P) says which prefix rows may be looked at, `None` means all. Knows nothing of sampling or guidance.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Stepper(Protocol):
         ...
 
 
-RUNGS: dict[str, Callable[[Generator, Tensor], Stepper]] = {
+RUNGS: dict[str, Callable[[Generator, Tensor, Tensor | None], Stepper]] = {
     "reference": ReferenceStepper,
     "cached": CachedStepper,
 }
 
 
-def make(name: str, generator: Generator, prefix: Tensor) -> Stepper:
+def make(name: str, generator: Generator, prefix: Tensor, visible: Tensor | None = None) -> Stepper:
     """Builds the rung of a name for one generation; "auto" is the fastest one."""
     chosen = "cached" if name == "auto" else name
     if chosen not in RUNGS:
         raise unknown_name("decode rung", name, ["auto", *RUNGS])
-    return RUNGS[chosen](generator, prefix)
+    return RUNGS[chosen](generator, prefix, visible)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class ReferenceStepper:
     """Runs all rows committed so far and the rows of this step under the plan's mask."""
 
-    def __init__(self, generator: Generator, prefix: Tensor) -> None:
-        self.generator, self.plan = generator, generator.plan
+    def __init__(self, generator: Generator, prefix: Tensor, visible: Tensor | None = None) -> None:
+        self.generator, self.plan, self.visible = generator, generator.plan, visible
         self.condition = generator.pooled_condition(prefix)
         self.inputs: list[Tensor] = []
         self.rows: list[Tensor] = []
@@ -24,7 +24,7 @@ class ReferenceStepper:
         """Hidden states (B, n, D) of the rows fed at `step`."""
         feed, kept = self.plan.feeds[step], self.plan.committed[step]
         rows = torch.cat([*self.rows, feed])
-        mask = self.plan.mask[rows][:, rows]
+        mask = self.plan.mask_for(self.visible, rows, len(rows), self.plan.mask[rows][:, rows])
         inputs = torch.cat([*self.inputs, x], dim=1)
         taps = self.generator.run_rows(inputs, rows, mask=mask, condition=self.condition)
         self.rows.append(feed[:kept])
