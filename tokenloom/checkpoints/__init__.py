@@ -21,6 +21,8 @@ _ADAPTERS: dict[str, str] = {
     "llamagen": "llamagen",
     "nar": "nar",
     "nar_video": "nar",
+    "nbp": "nbp",
+    "par": "par",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 
