@@ -59,7 +59,7 @@ def test_causality(cls: type[Generator], order: Order) -> None:
 )
 def test_blocks_from_the_block_before(kind: str, order: Order) -> None:
     """With any condition: causal, the same on both rungs, and blind where a plan predicts nothing."""
-    model = make(NextBlockGenerator, order, plan_kind=kind, transformer={"rope": False})
+    model = make(NextBlockGenerator, order, rule_config={"plan": kind}, transformer={"rope": False})
     codes, condition = random_codes(order, 2), conditions("words", 2)
     before, predicted = model.logits(codes, condition), model.plan.predicted
     assert predicted.all() == (kind == "groups") and not before[:, ~predicted].any()
@@ -305,8 +305,16 @@ BASE: dict[str, Any] = {
             "condition 'words'.*length",
         ),
         (NextBlockGenerator, {"prefix_rope": "zeros"}, "Unknown prefix_rope 'zeros'.*'zero'"),
-        (NextBlockGenerator, {"plan_kind": "group"}, "Unknown plan_kind of NextBlockGenerator.*'groups'"),
-        (NextNeighborGenerator, {"plan_kind": "groups"}, "Unknown plan_kind of NextNeighborGenerator"),
+        (
+            NextBlockGenerator,
+            {"rule_config": {"plan": "group"}},
+            "Unknown plan of NextBlockGenerator.*'groups'",
+        ),
+        (
+            NextNeighborGenerator,
+            {"rule_config": {"plan": "groups"}},
+            "Unknown rule option of NextNeighborGenerator",
+        ),
         (NextBlockGenerator, {"condition_config": {"kind": "none", "length": 2}}, "0 or 1 rows, got 2"),
         (
             NextBlockGenerator,

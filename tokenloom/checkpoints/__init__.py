@@ -19,10 +19,12 @@ from tokenloom.errors import TokenloomError, unknown_name
 _ADAPTERS: dict[str, str] = {
     "dar": "llamagen",
     "llamagen": "llamagen",
+    "mvar": "var",
     "nar": "nar",
     "nar_video": "nar",
     "nbp": "nbp",
     "par": "par",
+    "var": "var",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 

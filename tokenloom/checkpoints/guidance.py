@@ -12,7 +12,7 @@ from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators.sampling import Guidance
 
 _SCALES = ("cfg_scale", "cfg", "cfg_ratio")
-_OTHER = "ar_token_num greedy sample_logits seed spe_token_num steps temperature top_k top_p token_number_per_step".split()
+_OTHER = "ar_token_num formula greedy sample_logits seed spe_token_num steps temperature top_k top_p token_number_per_step".split()
 """Published settings that do not concern guidance; accepted, so that a whole preset can be passed on."""
 
 
@@ -80,13 +80,27 @@ def _on_top(family: str, settings: Mapping[str, Any]) -> Guidance:
     return Guidance(number, "steps" if settings.get("scale_cfg") else "constant")
 
 
+def _scales(family: str, settings: Mapping[str, Any]) -> Guidance:
+    """(1 + t) c - t u with t = scale * s / (S - 1) at step s: from 1, without guidance, to 1 + scale at the last."""
+    scale = _scale(family, settings)
+    number = 0.0 if scale is None else _number(family, scale)
+    return Guidance(1 + number, "linear", 1.0)
+
+
+def _scales_or_off(family: str, settings: Mapping[str, Any]) -> Guidance:
+    """As `_scales`, but 1 means no guidance."""
+    return Guidance() if _scale(family, settings) == 1 else _scales(family, settings)
+
+
 _RULES: dict[str, Callable[[str, Mapping[str, Any]], Guidance]] = {
     "dar": _ramp,
     "llamagen": _above_one("steps"),
+    "mvar": _scales_or_off,
     "nar": _above_one("tokens"),
     "nar_video": _above_one("tokens"),
     "nbp": _on_top,
     "par": _above_one("steps", opening=True),
+    "var": _scales,
 }
 
 

@@ -31,7 +31,7 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
     layout = Layout.grid(*(square_side(family, config),) * 2)
     order = orders.regions(layout, setting(family, config, "ar_token_num"))
     options = _llama.generator_options(family, state, config, (depth,))
-    model = NextBlockGenerator(order.to_config(), **options, plan_kind="groups")
+    model = NextBlockGenerator(order.to_config(), **options, rule_config={"plan": "groups"})
     return load(model, family, state, table)
 
 

@@ -116,15 +116,15 @@ class Generator(ModelMixin, ConfigMixin):
             table is then the sum of digit vectors and code vectors.
         special_tokens: Rows of the token table before code 0: the start token, the learned rows of the plan, the ids of
             a "tokens" condition. They are predicted as well, as codes from -special_tokens to -1.
-        plan_kind: One of `plan_kinds`, for generators that have several; `None` is the first.
+        rule_config: Settings of the paradigm itself, for generators that have some (`NextScaleGenerator`,
+            `NextBlockGenerator`).
     """
-
-    plan_kinds: tuple[str, ...] = ()
 
     config_name = "config.json"  # type: ignore[assignment]
     rope_cos: Tensor
     rope_sin: Tensor
     row_position: Tensor
+    tokens: Any  # a TokenTable, or what `make_tokens` of a subclass returns
 
     @register_to_config
     def __init__(
@@ -140,13 +140,11 @@ class Generator(ModelMixin, ConfigMixin):
         head_bias: bool = False,
         code_levels: list[int] | None = None,
         special_tokens: int = 0,
-        plan_kind: str | None = None,
+        rule_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if plan_kind is not None and plan_kind not in self.plan_kinds:
-            raise unknown_name(f"plan_kind of {type(self).__name__}", plan_kind, self.plan_kinds)
-        self.plan_kind = plan_kind or next(iter(self.plan_kinds), "")
         self.order = Order.from_config(order_config)
+        self.rule = self.make_rule(rule_config or {})
         settings = TransformerConfig.from_dict(transformer_config)
         width = settings.width
         self.condition = make_condition(condition_config, width)
@@ -160,7 +158,7 @@ class Generator(ModelMixin, ConfigMixin):
             raise TokenloomError("tie_embeddings needs share_head.")
         self.transformer = Transformer(settings)
         self.special = special_tokens
-        self.tokens = TokenTable(special_tokens + vocab_size, width, code_levels)
+        self.tokens = self.make_tokens(special_tokens + vocab_size, width, code_levels)
         if self.plan.query.any() and not special_tokens:
             self.query = nn.Parameter(torch.randn(int(self.plan.vectors.max()) + 1, width) * 0.02)
         self.tied, self.shared, self.head_bias = tie_embeddings, share_head, head_bias
@@ -176,6 +174,15 @@ class Generator(ModelMixin, ConfigMixin):
     def make_plan(self, order: Order, prefix: int, causal_prefix: bool) -> RowPlan:
         """The row plan of this paradigm."""
         raise TokenloomError(f"{type(self).__name__} does not define make_plan(); override it.")
+
+    def make_rule(self, options: dict[str, Any]) -> Any:
+        """Settings of this paradigm from `rule_config`; most have none."""
+        for name in options:
+            raise unknown_name(f"rule option of {type(self).__name__}", name, ())
+
+    def make_tokens(self, vocab_size: int, width: int, code_levels: list[int] | None) -> nn.Module:
+        """What turns codes into rows; it has `codes`, an embedding of V codes, and `weight` (V, D) for tied heads."""
+        return TokenTable(vocab_size, width, code_levels)
 
     @property
     def vocab_size(self) -> int:
@@ -226,6 +233,23 @@ class Generator(ModelMixin, ConfigMixin):
     def _prefix(self, condition: Given | None, batch: int, device: torch.device) -> Tensor:
         """Prefix rows (B, P, D)."""
         return self.condition.rows(condition, batch, device, self.tokens)
+
+    def _inputs(self, codes: Tensor, prefix: Tensor) -> Tensor:
+        """Embeddings (B, R, D) of all rows of the plan, for teacher forcing.
+
+        A paradigm whose rows are more than tokens and queries says here and in `_feed` what it feeds.
+        """
+        position, query = self.plan.position, self.plan.query
+        return self._embed(codes, position[(position >= 0) & ~query], self.plan.vectors, prefix)
+
+    def _feed(self, prefix: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The same step by step: a function of (codes so far, step). It is made once a generation and may keep a state."""
+
+        def feed(codes: Tensor, step: int) -> Tensor:
+            fed = self.plan.steps[step]
+            return self._embed(codes, fed.tokens, fed.learned, None if step else prefix)
+
+        return feed
 
     def run_rows(self, x: Tensor, rows: Tensor, *, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         """Runs the transformer on embeddings (B, n, D) of row ids (n,); options as in `Transformer.forward`."""
@@ -306,8 +330,7 @@ class Generator(ModelMixin, ConfigMixin):
         plan = self.plan
         prefix = self._prefix(condition, batch, device)
         rows = torch.arange(plan.rows)
-        tokens = plan.position[(plan.position >= 0) & ~plan.query]
-        x = self._embed(codes, tokens, plan.vectors, prefix)
+        x = self._inputs(codes, prefix)
         mask = plan.mask_for(self.condition.visible(condition), rows, plan.rows, plan.mask)
         taps = self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
@@ -412,14 +435,14 @@ class Generator(ModelMixin, ConfigMixin):
             prefix = torch.cat((prefix, self._prefix(null, batch, self.device)))
             visible = None if visible is None else visible.repeat(2, 1)
         stepper, table = decoding.make(decode, self, prefix, visible), self._table()
+        feed = self._feed(prefix)
         order = self.order
         codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
         for index, step in enumerate(self.plan.steps):
             progress = index / max(1, order.num_steps - 1)
             shown = codes.repeat(2, 1) if strength.enabled else codes
-            x = self._embed(shown, step.tokens, step.learned, None if index else prefix)
-            taps = stepper(x, index) if len(step.rows) else ()
+            taps = stepper(feed(shown, index), index) if len(step.rows) else ()
             positions = step.positions.to(codes.device)
             ids = torch.zeros_like(codes[:, positions])
             if bool(step.weights.any()):

@@ -342,3 +342,67 @@ def shift_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
         weights=(wanted >= block).float()[None],
         order=order,
     )
+
+
+@lru_cache(maxsize=64)
+def scale_plan(
+    order: Order,
+    prefix: int,
+    causal_prefix: bool = False,
+    own_scale: bool = False,
+    window: int = 0,
+    window_from: int = 0,
+) -> RowPlan:
+    """Next scale (VAR, MVAR): one row at each position of the scale being made, and each row predicts its own place.
+
+    Rows of a scale see the prefix, all earlier scales and each other. They hold what earlier scales add up to, so there
+    are no other rows, and unlike queries they stay in the cache.
+
+    Args:
+        order: A `scales` order.
+        prefix: Number of prefix rows P, which may be 0.
+        causal_prefix: Whether prefix rows see only earlier prefix rows.
+        own_scale: Whether rows see the prefix and their own scale alone (MVAR); only the prefix stays in the cache.
+        window: Side k of the neighbourhood that a row sees of its own scale; 0 for all of it. At a border the
+            neighbourhood is moved inside, so that it always holds k x k positions if the scale does.
+        window_from: First scale that has a window.
+
+    Raises:
+        TokenloomError: If the order is not `scales`, or the window is even.
+    """
+    if order.name != "scales":
+        raise TokenloomError(f"Next-scale prediction needs the order 'scales', got {order}.")
+    if window < 0 or (window and window % 2 == 0):
+        raise TokenloomError(f"A window has an odd side, or 0 for none, got {window}.")
+    size, scale = order.layout.size, order.step
+    seen = scale[None, :] == scale[:, None] if own_scale else scale[None, :] <= scale[:, None]
+    if window:
+        other = (scale[None, :] != scale[:, None]) | (scale < window_from)[:, None]
+        seen &= other | _neighbourhood(order, window)
+    mask = torch.zeros(prefix + size, prefix + size, dtype=torch.bool)
+    mask[:, :prefix] = True
+    mask[prefix:, prefix:] = seen
+    if causal_prefix:
+        mask[:prefix, :prefix] = mask[:prefix, :prefix].tril()
+    feeds = _feeds(torch.cat((torch.zeros(prefix, dtype=torch.long), scale)), order.num_steps)
+    stay = (prefix, *[0] * (order.num_steps - 1)) if own_scale else tuple(len(feed) for feed in feeds)
+    return RowPlan(
+        feeds=feeds,
+        committed=stay,
+        mask=mask,
+        position=torch.cat((torch.full((prefix,), -1), torch.arange(size))),
+        query=torch.zeros(prefix + size, dtype=torch.bool),
+        sources=(prefix + torch.arange(size))[None],
+        weights=torch.ones(1, size),
+        order=order,
+    )
+
+
+def _neighbourhood(order: Order, window: int) -> Tensor:
+    """BoolTensor (N, N): whether k has a row and a column inside the window around q in the map of q."""
+    coords = order.layout.coords
+    sides = torch.tensor(order.layout.maps)[coords[:, 0]]  # (N, 2): height and width of the map of q
+    start = (coords[:, 1:] - window // 2).clamp(min=0)
+    start = torch.minimum(start, (sides - window).clamp(min=0))
+    places = coords[None, :, 1:] - start[:, None]
+    return ((places >= 0) & (places < window)).all(-1)
