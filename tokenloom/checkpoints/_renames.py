@@ -79,12 +79,19 @@ def check_keys(
         )
 
 
-def load(module: M, family: str, state: Mapping[str, Tensor], renames: Sequence[Rename]) -> M:
-    """Fills a module with official weights, in their dtype; `check_keys` has passed.
+def load(
+    module: M,
+    family: str,
+    state: Mapping[str, Tensor],
+    renames: Sequence[Rename],
+    derivable: Sequence[str] = DERIVABLE,
+) -> M:
+    """Fills a module with official weights, in their dtype.
 
     Raises:
-        TokenloomError: If shapes do not fit; all of them are listed.
+        TokenloomError: If keys are unknown or missing, or shapes do not fit; all of them are listed.
     """
+    check_keys(family, state, renames, derivable)
     ours = {rename.ours: rename.gather(state) for rename in renames}
     own = module.state_dict()
     if ours.keys() != own.keys():
@@ -111,6 +118,13 @@ def unload(module: nn.Module, renames: Sequence[Rename]) -> dict[str, Tensor]:
     for rename in renames:
         official |= rename.scatter(own[rename.ours])
     return official
+
+
+def tensor(family: str, state: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor that an adapter needs to see before it knows its table of renames."""
+    if name not in state:
+        raise TokenloomError(f"A {family!r} checkpoint holds {name!r}, but these weights do not.")
+    return state[name]
 
 
 def setting(family: str, config: Mapping[str, Any], name: str) -> Any:

@@ -92,7 +92,7 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
         special_tokens=special,
         plan_kind="groups" if hybrid else "shift",
     )
-    return load(model, family, state, table)
+    return load(model, family, state, table, ignored)
 
 
 def to_official(family: str, module: nn.Module) -> dict[str, Tensor]:
