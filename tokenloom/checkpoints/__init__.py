@@ -22,6 +22,8 @@ _ADAPTERS: dict[str, str] = {
     "mvar": "var",
     "nar": "nar",
     "nar_video": "nar",
+    "nbp": "nbp",
+    "par": "par",
     "var": "var",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
