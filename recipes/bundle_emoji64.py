@@ -1,6 +1,6 @@
 """Copies a trained pipeline into the package as the bundled model `tokenloom-emoji-64`, in bfloat16 with its card.
 
-    python recipes/bundle_emoji64.py runs/emoji64-generator/model --figures docs/figures/evaluation.json
+python recipes/bundle_emoji64.py runs/emoji64-generator/model --figures docs/figures/evaluation.json
 """
 
 from __future__ import annotations

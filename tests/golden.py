@@ -64,7 +64,8 @@ def guided_steps_match(model: Generator, name: str, codes: Tensor, guidance: Gui
     made = 0
     for step, place in enumerate(model.order.slices):
         progress = step / (model.order.num_steps - 1)
-        guided = guide(conditional, null, guidance.at(progress, step=step, made=made))
+        scale = guidance.at(progress, step=step, made=made, count=place.stop - place.start)
+        guided = guide(conditional, null, scale)
         want = data[f"output.{prefix}_step_logits.{step}"]
         assert close(guided[:, model.order.permutation[place]], want), step
         made += want.shape[1]

@@ -212,7 +212,7 @@ def test_bad_configurations() -> None:
         from_official("llamagen", state, {"n_head": 4, "block_size": 16})
     with pytest.raises(TokenloomError, match="square number, got 15"):
         from_official("llamagen", state, {"n_head": 4, "block_size": 15, "n_layer": 2})
-    with pytest.raises(TokenloomError, match=r"holds 'tok_embeddings\.weight'"):
+    with pytest.raises(TokenloomError, match=r"Missing keys \(18\): cls_embedding"):
         from_official("llamagen", {}, {"n_head": 4, "block_size": 16, "n_layer": 2})
     with pytest.raises(TokenloomError, match=r"Unknown checkpoint family 'llamgen'.*'llamagen'"):
         from_official("llamgen", state, {})
@@ -264,7 +264,7 @@ def test_gradients_reach_every_parameter() -> None:
         ("llamagen", {"cfg_scale": 4.0, "cfg_interval": -1, "top_k": 2000}, Guidance(4.0)),
         ("llamagen", {"cfg": "1.75"}, Guidance(1.75)),
         ("llamagen", {"cfg_scale": 0.5}, Guidance(1.0)),
-        ("llamagen", {"cfg_scale": 2, "cfg_interval": 0}, Guidance(2.0, tokens=1)),
+        ("llamagen", {"cfg_scale": 2, "cfg_interval": 0}, Guidance(2.0, steps=2)),
         ("nar", {"cfg_scale": 2.0, "cfg_interval": 4}, Guidance(2.0, tokens=4)),
         ("dar", {"cfg_scale": "1.2,8.0"}, Guidance(8.0, "linear", 1.2)),
         ("dar", {"cfg_scale": "1.0,4"}, Guidance(4.0, "linear", 1.001)),
@@ -292,8 +292,14 @@ def test_bad_guidance(family: str, settings: dict[str, Any], message: str) -> No
 
 
 def test_guidance_by_tokens_and_steps() -> None:
+    brief = Guidance(3.0, steps=2)
+    assert [brief.at(0.0, step=step) for step in (0, 1, 2)] == [3.0, 3.0, 1.0]
     limited = Guidance(3.0, tokens=4)
     assert [limited.at(0.5, made=made) for made in (0, 4, 5)] == [3.0, 3.0, 1.0]
+    opening = Guidance(3.0, steps=1, opening=True)
+    steps = {0: (0, 1), 1: (1, 1), 2: (2, 2), 3: (4, 2)}
+    scales = [opening.at(0.0, step=step, made=made, count=count) for step, (made, count) in steps.items()]
+    assert scales == [3.0, 1.0, 3.0, 1.0]
     growing = Guidance(1.5, "steps")
     assert growing.enabled and [growing.at(0.0, step=step) for step in (0, 1, 4)] == [1.0, 1.5, 3.0]
     with pytest.raises(TokenloomError, match="whole number from 0 up, got -1"):

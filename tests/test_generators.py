@@ -48,6 +48,34 @@ def test_causality(cls: type[Generator], order: Order) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [
+        ("groups", orders.regions(Layout.grid(4, 4), 4)),
+        ("groups", orders.blocks(Layout.line(9), 3, sequential_first=True)),
+        ("shift", orders.blocks(Layout.grid(4, 2), (1, 2))),
+    ],
+    ids=lambda value: str(value),
+)
+def test_blocks_from_the_block_before(kind: str, order: Order) -> None:
+    """With any condition: causal, the same on both rungs, and blind where a plan predicts nothing."""
+    model = make(NextBlockGenerator, order, rule_config={"plan": kind}, transformer={"rope": False})
+    codes, condition = random_codes(order, 2), conditions("words", 2)
+    before, predicted = model.logits(codes, condition), model.plan.predicted
+    assert predicted.all() == (kind == "groups") and not before[:, ~predicted].any()
+    for position in range(order.layout.size):
+        changed = codes.clone()
+        changed[:, position] = (changed[:, position] + 1) % VOCAB
+        moved = (model.logits(changed, condition) - before).abs().amax((0, 2))
+        later = order.step > order.step[position]
+        assert moved[~later].max() <= 1e-5
+        assert not later.any() or moved[later].max() > 1e-3
+    kept = {} if kind == "groups" else {"known": codes, "keep": ~predicted}
+    made = [model.generate(condition, seeds=5, decode=name, **kept) for name in ("reference", "cached")]
+    assert torch.equal(*made)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("cls", "order"), CASES)
 def test_the_condition_reaches_every_position(cls: type[Generator], order: Order) -> None:
     for kind in ("class", "words"):
@@ -277,6 +305,17 @@ BASE: dict[str, Any] = {
             "condition 'words'.*length",
         ),
         (NextBlockGenerator, {"prefix_rope": "zeros"}, "Unknown prefix_rope 'zeros'.*'zero'"),
+        (
+            NextBlockGenerator,
+            {"rule_config": {"plan": "group"}},
+            "Unknown plan of NextBlockGenerator.*'groups'",
+        ),
+        (
+            NextNeighborGenerator,
+            {"rule_config": {"plan": "groups"}},
+            "Unknown rule option of NextNeighborGenerator",
+        ),
+        (NextBlockGenerator, {"condition_config": {"kind": "none", "length": 2}}, "0 or 1 rows, got 2"),
         (
             NextBlockGenerator,
             {"tie_embeddings": True, "share_head": False},

@@ -13,7 +13,14 @@ from torch import Tensor
 from tokenloom.errors import TokenloomError
 from tokenloom.generators import orders
 from tokenloom.generators.orders import Order
-from tokenloom.generators.plans import RowPlan, neighbor_plan, query_plan, token_plan
+from tokenloom.generators.plans import (
+    RowPlan,
+    group_plan,
+    neighbor_plan,
+    query_plan,
+    shift_plan,
+    token_plan,
+)
 from tokenloom.layouts import Layout
 
 PLANS = {"token": token_plan, "neighbor": neighbor_plan, "block": query_plan}
@@ -104,7 +111,7 @@ def test_steps_of_a_plan(name: str, order: Order) -> None:
         prefix = int((rows < 0).sum())
         assert rows[prefix:].tolist() == [
             *step.tokens.tolist(),
-            *(step.positions.tolist() if step.queries else []),
+            *(step.positions.tolist() if len(step.learned) else []),
         ]
         assert len(kept) + len(step.rows) <= plan.capacity
         kept += step.rows[: step.committed].tolist()
@@ -183,3 +190,59 @@ def test_plans_refuse_other_orders() -> None:
         token_plan(orders.scales(Layout.scales([1, 2])), 1)
     with pytest.raises(TokenloomError, match=r"needs the order 'neighbors', got raster"):
         neighbor_plan(orders.raster(Layout.grid(2, 2)), 1)
+
+
+def test_group_plan_by_hand() -> None:
+    """Three groups of two with one prefix row: prefix, four tokens, then the learned row of the first group."""
+    plan = group_plan(orders.blocks(Layout.line(6), 2, sequential_first=True), 1)
+    assert [feed.tolist() for feed in plan.feeds] == [[0], [1], [2, 5], [3, 4]]
+    assert plan.committed == (1, 1, 2, 2) and plan.capacity == 6
+    assert plan.sources.tolist() == [[0, 1, 2, 5, 3, 4]]
+    assert plan.position.tolist() == [-1, 0, 1, 2, 3, -1]
+    assert plan.place.tolist() == [0, 1, 2, 4, 5, 3] and plan.vectors.tolist() == [0]
+    assert plan.mask.int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 1],
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0, 1],
+    ]
+    assert [step.learned.tolist() for step in plan.steps] == [[], [], [0], []]
+    assert all(step.mask is None for step in plan.steps) and plan.predicted.all()
+
+
+def test_shift_plan_by_hand() -> None:
+    plan = shift_plan(orders.blocks(Layout.line(6), 2), 0)
+    assert [feed.tolist() for feed in plan.feeds] == [[], [0, 1], [2, 3]]
+    assert plan.sources[0, 2:].tolist() == [0, 1, 2, 3]
+    assert plan.predicted.tolist() == [False, False, True, True, True, True]
+    assert plan.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "order", [orders.regions(Layout.grid(4, 6), 4), orders.regions(Layout.grid(6, 6), 9)]
+)
+def test_group_plan_reads_the_same_region(order: Order) -> None:
+    """Each position of a later group is predicted by the row of its own region one step earlier."""
+    plan, size = group_plan(order, 2), order.layout.size
+    group = order.slices[-1].stop - order.slices[-1].start
+    for place in range(2 * group, size):
+        assert plan.position[plan.sources[0, place]] == order.permutation[place - group]
+    for index, step in enumerate(plan.steps):
+        assert set(plan.sources[0, order.slices[index]].tolist()) <= set(step.rows.tolist())
+    assert sorted(plan.place.tolist()) == list(range(plan.rows))
+
+
+@pytest.mark.parametrize(
+    ("plan", "order", "message"),
+    [
+        (group_plan, orders.blocks(Layout.line(6), 2), "n single positions and then groups of n"),
+        (group_plan, orders.neighbors(Layout.grid(3, 3)), "n single positions"),
+        (shift_plan, orders.regions(Layout.grid(4, 4), 4), "two or more steps of equal size"),
+        (shift_plan, orders.blocks(Layout.line(4), 4), "two or more steps"),
+    ],
+)
+def test_orders_that_do_not_fit(plan: Any, order: Order, message: str) -> None:
+    with pytest.raises(TokenloomError, match=message):
+        plan(order, 1)

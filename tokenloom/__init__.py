@@ -23,6 +23,7 @@ _EXPORTS = {
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
+    "NextScaleGenerator": "tokenloom.generators.next_scale",
     "NextTokenGenerator": "tokenloom.generators.next_token",
     "Order": "tokenloom.generators.orders",
     "Sampling": "tokenloom.generators.sampling",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from tokenloom.generators.base import Generator as Generator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
+    from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
     from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
     from tokenloom.generators.orders import Order as Order
     from tokenloom.generators.sampling import Guidance as Guidance
@@ -62,6 +64,7 @@ __all__ = [
     "ModelMixin",
     "NextBlockGenerator",
     "NextNeighborGenerator",
+    "NextScaleGenerator",
     "NextTokenGenerator",
     "Order",
     "Sampling",

@@ -21,8 +21,12 @@ _ADAPTERS: dict[str, str] = {
     "llamagen": "llamagen",
     "llamagen_vq": "image_cnn",
     "maskgit_vqgan": "image_cnn",
+    "mvar": "var",
     "nar": "nar",
     "nar_video": "nar",
+    "nbp": "nbp",
+    "par": "par",
+    "var": "var",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 

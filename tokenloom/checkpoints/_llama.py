@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenloom.checkpoints._renames import Rename, setting, tensor
+from tokenloom.checkpoints._renames import Rename, setting
 
 
 def transformer_options(
@@ -18,12 +18,12 @@ def transformer_options(
 ) -> dict[str, Any]:
     """Fields of `TransformerConfig`; `taps[-1]` is the depth."""
     return {
-        "width": tensor(family, state, "tok_embeddings.weight").shape[1],
+        "width": state["tok_embeddings.weight"].shape[1],
         "heads": setting(family, config, "n_head"),
         "kv_heads": config.get("n_kv_head"),
         "depth": taps[-1],
         "taps": list(taps),
-        "mlp_width": tensor(family, state, "layers.0.feed_forward.w1.weight").shape[0],
+        "mlp_width": state["layers.0.feed_forward.w1.weight"].shape[0],
         "norm_eps": config.get("norm_eps", 1e-5),
         "rope_base": float(config.get("rope_base", 10000)),
         "dropout": config.get("resid_dropout_p", 0.0),
@@ -33,9 +33,9 @@ def transformer_options(
 def condition_options(family: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """A class table, with a null row if labels were dropped in training, or caption features."""
     if config.get("model_type", "c2i") == "t2i":
-        length, features = tensor(family, state, "cls_embedding.uncond_embedding").shape
+        length, features = state["cls_embedding.uncond_embedding"].shape
         return {"kind": "features", "features": features, "length": length}
-    rows = tensor(family, state, "cls_embedding.embedding_table.weight").shape[0]
+    rows = state["cls_embedding.embedding_table.weight"].shape[0]
     null = config.get("class_dropout_prob", 0.1) > 0
     return {"kind": "class", "num_classes": rows - null, "null_class": null}
 
@@ -45,7 +45,7 @@ def generator_options(
 ) -> dict[str, Any]:
     """Arguments of a `Generator`, without its order."""
     return {
-        "vocab_size": tensor(family, state, "tok_embeddings.weight").shape[0],
+        "vocab_size": state["tok_embeddings.weight"].shape[0],
         "transformer_config": transformer_options(family, state, config, taps),
         "condition_config": condition_options(family, state, config),
         "causal_prefix": True,

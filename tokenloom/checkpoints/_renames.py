@@ -121,7 +121,7 @@ def unload(module: nn.Module, renames: Sequence[Rename]) -> dict[str, Tensor]:
 
 
 def tensor(family: str, state: Mapping[str, Tensor], name: str) -> Tensor:
-    """A tensor that an adapter needs to see before it can build a model."""
+    """A tensor that an adapter needs to see before it knows its table of renames."""
     if name not in state:
         raise TokenloomError(f"A {family!r} checkpoint holds {name!r}, but these weights do not.")
     return state[name]

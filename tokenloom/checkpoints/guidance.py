@@ -12,7 +12,7 @@ from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators.sampling import Guidance
 
 _SCALES = ("cfg_scale", "cfg", "cfg_ratio")
-_OTHER = "ar_token_num greedy sample_logits seed spe_token_num steps temperature top_k top_p token_number_per_step".split()
+_OTHER = "ar_token_num formula greedy sample_logits seed spe_token_num steps temperature top_k top_p token_number_per_step".split()
 """Published settings that do not concern guidance; accepted, so that a whole preset can be passed on."""
 
 
@@ -32,40 +32,75 @@ def _number(family: str, value: Any) -> float:
         raise TokenloomError(f"The guidance scale of {family!r} is a number, got {value!r}.") from None
 
 
-def _limit(settings: Mapping[str, Any], offset: int) -> int | None:
-    """Tokens up to which guidance is on; the published value -1 (or nothing) means no limit."""
+def _limit(settings: Mapping[str, Any], unit: str) -> dict[str, int]:
+    """Where guidance ends; the published value -1 (or nothing) means never.
+
+    Most families count steps from the second one on; NAR counts the tokens that exist.
+    """
     interval = settings.get("cfg_interval")
-    return None if interval is None or interval < 0 else int(interval) + offset
+    if interval is None or interval < 0:
+        return {}
+    return {unit: int(interval) + (2 if unit == "steps" else 0)}
 
 
-def _above_one(offset: int) -> Callable[[str, Mapping[str, Any]], Guidance]:
-    """u + s (c - u) where s > 1, else c; on while at most `cfg_interval + offset` tokens exist."""
+def _above_one(unit: str, opening: bool = False) -> Callable[[str, Mapping[str, Any]], Guidance]:
+    """u + s (c - u) where s > 1, else c; `cfg_interval` counts steps or tokens.
+
+    With `opening`, the first step that makes several tokens is guided whatever the interval says.
+    """
 
     def rule(family: str, settings: Mapping[str, Any]) -> Guidance:
         scale = _scale(family, settings)
         number = 1.0 if scale is None else max(1.0, _number(family, scale))
-        return Guidance(number, tokens=_limit(settings, offset))
+        limit = _limit(settings, unit)
+        return Guidance(
+            number, tokens=limit.get("tokens"), steps=limit.get("steps"), opening=opening and bool(limit)
+        )
 
     return rule
 
 
 def _ramp(family: str, settings: Mapping[str, Any]) -> Guidance:
     """ "a,b" is a straight line from a at the first token to b at the last; a = 1 means 1.001, as published."""
-    scale, limit = _scale(family, settings), _limit(settings, 1)
+    scale = _scale(family, settings)
     if not isinstance(scale, str) or "," not in scale:
-        return _above_one(1)(family, settings)
+        return _above_one("steps")(family, settings)
     ends = scale.split(",")
     if len(ends) != 2:
         raise TokenloomError(f"A guidance ramp is two numbers such as '1.2,8.0', got {scale!r}.")
     start, end = (_number(family, part) for part in ends)
-    return Guidance(end, "linear", start + 1e-3 if start == 1 else start, tokens=limit)
+    start += 1e-3 if start == 1 else 0
+    return Guidance(end, "linear", start, steps=_limit(settings, "steps").get("steps"))
+
+
+def _on_top(family: str, settings: Mapping[str, Any]) -> Guidance:
+    """(1 + t) c - t u, where t is the ratio, or with `scale_cfg` the ratio times the index of the step."""
+    ratio = _scale(family, settings)
+    number = 1.0 + (0.0 if ratio is None else _number(family, ratio))
+    return Guidance(number, "steps" if settings.get("scale_cfg") else "constant")
+
+
+def _scales(family: str, settings: Mapping[str, Any]) -> Guidance:
+    """(1 + t) c - t u with t = scale * s / (S - 1) at step s: from 1, without guidance, to 1 + scale at the last."""
+    scale = _scale(family, settings)
+    number = 0.0 if scale is None else _number(family, scale)
+    return Guidance(1 + number, "linear", 1.0)
+
+
+def _scales_or_off(family: str, settings: Mapping[str, Any]) -> Guidance:
+    """As `_scales`, but 1 means no guidance."""
+    return Guidance() if _scale(family, settings) == 1 else _scales(family, settings)
 
 
 _RULES: dict[str, Callable[[str, Mapping[str, Any]], Guidance]] = {
     "dar": _ramp,
-    "llamagen": _above_one(1),  # the interval counts from the second token
-    "nar": _above_one(0),
-    "nar_video": _above_one(0),
+    "llamagen": _above_one("steps"),
+    "mvar": _scales_or_off,
+    "nar": _above_one("tokens"),
+    "nar_video": _above_one("tokens"),
+    "nbp": _on_top,
+    "par": _above_one("steps", opening=True),
+    "var": _scales,
 }
 
 
@@ -74,19 +109,19 @@ def official_guidance(family: str, **settings: Any) -> Guidance:
 
     Args:
         family: A family of `tokenloom.checkpoints.families()` that has guidance.
-        **settings: Published settings: `cfg_scale` (also `cfg`, `cfg_ratio`), `cfg_interval`; "a,b" is a ramp.
-            Sampling settings are accepted and ignored.
+        **settings: Published settings: `cfg_scale` (also `cfg`, `cfg_ratio`), `cfg_interval`,
+            `scale_cfg`; "a,b" is a ramp. Sampling settings are accepted and ignored.
 
     Raises:
         TokenloomError: For an unknown family or setting, or a value that is no number.
 
     Example:
-        >>> official_guidance("llamagen", cfg_scale=2.0, cfg_interval=4).tokens
-        5
+        >>> official_guidance("llamagen", cfg_scale=2.0, cfg_interval=4).steps
+        6
     """
     if family not in _RULES:
         raise unknown_name("family with published guidance", family, _RULES)
-    known = (*_SCALES, "cfg_interval", *_OTHER)
+    known = (*_SCALES, "cfg_interval", "scale_cfg", *_OTHER)
     for name in settings:
         if name not in known:
             raise unknown_name(f"guidance setting of {family!r}", name, known)

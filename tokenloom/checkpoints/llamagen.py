@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenloom.checkpoints import _llama
-from tokenloom.checkpoints._renames import Rename, load, setting, square_side, unload
+from tokenloom.checkpoints._renames import Rename, check_keys, load, setting, square_side, unload
 from tokenloom.generators import NextTokenGenerator, orders
 from tokenloom.generators.conditions import FeatureCondition
 from tokenloom.layouts import Layout
@@ -25,6 +25,8 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
     """Builds the generator of "llamagen" or "dar" weights."""
     depth = setting(family, config, "n_layer")
     captions = config.get("model_type", "c2i") == "t2i"
+    table = _renames(depth, captions)
+    check_keys(family, state, table)
     options = _llama.generator_options(family, state, config, (depth,))
     if family == "dar":  # a line; the prefix stands before its first token
         layout = Layout.line(setting(family, config, "block_size"))
@@ -32,7 +34,7 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
     else:
         layout = Layout.grid(*(square_side(family, config),) * 2)
     model = NextTokenGenerator(orders.raster(layout).to_config(), **options)
-    return load(model, family, state, _renames(depth, captions))
+    return load(model, family, state, table)
 
 
 def to_official(family: str, module: nn.Module) -> dict[str, Tensor]:

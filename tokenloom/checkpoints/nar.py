@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenloom.checkpoints import _llama
-from tokenloom.checkpoints._renames import Rename, load, setting, square_side, tensor, unload
+from tokenloom.checkpoints._renames import Rename, check_keys, load, setting, square_side, unload
 from tokenloom.generators import NextNeighborGenerator, orders
 from tokenloom.generators.conditions import FeatureCondition
 from tokenloom.layouts import Layout
@@ -40,12 +40,14 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
     else:
         layout = Layout.grid(*(square_side(family, config),) * 2)
         taps = (first, first + config.get("medusa_attention_num", 1))
+    table = _renames(family, taps[-1], captions)
+    check_keys(family, state, table)
     options = _llama.generator_options(family, state, config, taps)
     if family == "nar_video":
-        places = tensor(family, state, "abs_pe").shape[1]
+        places = state["abs_pe"].shape[1]
         options["transformer_config"] |= {"rope": False, "learned_positions": places}
     model = NextNeighborGenerator(orders.neighbors(layout).to_config(), **options)
-    return load(model, family, state, _renames(family, taps[-1], captions))
+    return load(model, family, state, table)
 
 
 def to_official(family: str, module: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ _EXPORTS = {
     "Generator": "base",
     "NextBlockGenerator": "next_block",
     "NextNeighborGenerator": "next_neighbor",
+    "NextScaleGenerator": "next_scale",
     "NextTokenGenerator": "next_token",
     "Step": "base",
     "Transformer": "transformer",

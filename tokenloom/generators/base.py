@@ -104,7 +104,8 @@ class Generator(ModelMixin, ConfigMixin):
         vocab_size: Number of codes V.
         transformer_config: Fields of `TransformerConfig`.
         condition_config: {"kind": "none"}, {"kind": "class", "num_classes": C},
-            {"kind": "words", "vocabulary": W, "length": P} or {"kind": "features", "features": F, "length": P}.
+            {"kind": "words", "vocabulary": W, "length": P}, {"kind": "features", "features": F, "length": P} or
+            {"kind": "tokens", "vocabulary": W, "ids": C, "offset": O}.
         causal_prefix: Whether prefix rows see only earlier prefix rows.
         prefix_rope: "identity" (prefix rows are not rotated), "zero" (their queries and keys become zero, the
             convention of LlamaGen) or "line" (they stand before the first token; for layouts of one axis).
@@ -113,12 +114,17 @@ class Generator(ModelMixin, ConfigMixin):
         head_bias: Whether output matrices have a bias.
         code_levels: Radix of each digit of a code, least significant first, for codes of a scalar quantizer: the token
             table is then the sum of digit vectors and code vectors.
+        special_tokens: Rows of the token table before code 0: the start token, the learned rows of the plan, the ids of
+            a "tokens" condition. They are predicted as well, as codes from -special_tokens to -1.
+        rule_config: Settings of the paradigm itself, for generators that have some (`NextScaleGenerator`,
+            `NextBlockGenerator`).
     """
 
     config_name = "config.json"  # type: ignore[assignment]
     rope_cos: Tensor
     rope_sin: Tensor
     row_position: Tensor
+    tokens: Any  # a TokenTable, or what `make_tokens` of a subclass returns
 
     @register_to_config
     def __init__(
@@ -133,9 +139,12 @@ class Generator(ModelMixin, ConfigMixin):
         tie_embeddings: bool = False,
         head_bias: bool = False,
         code_levels: list[int] | None = None,
+        special_tokens: int = 0,
+        rule_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.order = Order.from_config(order_config)
+        self.rule = self.make_rule(rule_config or {})
         settings = TransformerConfig.from_dict(transformer_config)
         width = settings.width
         self.condition = make_condition(condition_config, width)
@@ -148,12 +157,13 @@ class Generator(ModelMixin, ConfigMixin):
         if tie_embeddings and not share_head:
             raise TokenloomError("tie_embeddings needs share_head.")
         self.transformer = Transformer(settings)
-        self.tokens = TokenTable(vocab_size, width, code_levels)
-        if self.plan.query.any():
-            self.query = nn.Parameter(torch.randn(width) * 0.02)
+        self.special = special_tokens
+        self.tokens = self.make_tokens(special_tokens + vocab_size, width, code_levels)
+        if self.plan.query.any() and not special_tokens:
+            self.query = nn.Parameter(torch.randn(int(self.plan.vectors.max()) + 1, width) * 0.02)
         self.tied, self.shared, self.head_bias = tie_embeddings, share_head, head_bias
         outputs = [
-            nn.Linear(width, vocab_size, bias=head_bias)
+            nn.Linear(width, special_tokens + vocab_size, bias=head_bias)
             for _ in range(0 if tie_embeddings else 1 if share_head else heads)
         ]
         for head in outputs:
@@ -165,15 +175,28 @@ class Generator(ModelMixin, ConfigMixin):
         """The row plan of this paradigm."""
         raise TokenloomError(f"{type(self).__name__} does not define make_plan(); override it.")
 
+    def make_rule(self, options: dict[str, Any]) -> Any:
+        """Settings of this paradigm from `rule_config`; most have none."""
+        for name in options:
+            raise unknown_name(f"rule option of {type(self).__name__}", name, ())
+
+    def make_tokens(self, vocab_size: int, width: int, code_levels: list[int] | None) -> nn.Module:
+        """What turns codes into rows; it has `codes`, an embedding of V codes, and `weight` (V, D) for tied heads."""
+        return TokenTable(vocab_size, width, code_levels)
+
     @property
     def vocab_size(self) -> int:
-        """Number of codes V."""
-        return self.tokens.codes.num_embeddings
+        """Number of codes V, special tokens not counted."""
+        return self.tokens.codes.num_embeddings - self.special
 
     def _register_tables(self, prefix_rope: str) -> None:
         if prefix_rope not in PREFIX_ROPES:
             raise unknown_name("prefix_rope", prefix_rope, PREFIX_ROPES)
-        plan, coords = self.plan, self.order.layout.coords
+        plan, coords, prefix = self.plan, self.order.layout.coords, self.condition.length
+        ids = torch.where(plan.position < 0, torch.arange(plan.rows), prefix + plan.position)
+        ids, needed = (
+            (ids, prefix + len(coords)) if plan.place is None else (plan.place, int(plan.place.max()) + 1)
+        )
         outside = torch.full((1, coords.shape[1]), -1 if prefix_rope == "zero" else 0)
         places = torch.cat((coords, outside))[plan.position]  # -1 picks the last row
         if prefix_rope == "line":
@@ -181,32 +204,52 @@ class Generator(ModelMixin, ConfigMixin):
                 raise TokenloomError(
                     f"prefix_rope 'line' needs a layout of one axis, got {self.order.layout}."
                 )
-            first = torch.arange(plan.rows)[:, None]
-            places = torch.where(plan.position[:, None] < 0, first, places + self.condition.length)
+            places = ids[:, None]
         rope = self.transformer.rope(places)
         if rope is not None:
             self.register_buffer("rope_cos", rope[0], persistent=False)
             self.register_buffer("rope_sin", rope[1], persistent=False)
-        prefix = self.condition.length
         learned = self.transformer.config.learned_positions
-        if 0 < learned < prefix + len(coords):
+        if 0 < learned < needed:
             raise TokenloomError(
                 f"learned_positions is {learned}, but {prefix} prefix rows and {len(coords)} tokens need "
-                f"{prefix + len(coords)}; use that, or 0 for none."
+                f"{needed}; use that, or 0 for none."
             )
-        ids = torch.where(plan.position < 0, torch.arange(plan.rows), prefix + plan.position)
         self.register_buffer("row_position", ids, persistent=False)
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
-    def _embed(self, codes: Tensor, positions: Tensor, queries: int, prefix: Tensor | None) -> Tensor:
-        """Embeddings (B, n, D) of prefix rows, then of the tokens at layout indices (t,), then of queries."""
+    def _embed(self, codes: Tensor, positions: Tensor, learned: Tensor, prefix: Tensor | None) -> Tensor:
+        """Embeddings (B, n, D) of prefix rows, the tokens at layout indices (t,), the learned vectors of (q,) queries."""
         parts = [] if prefix is None else [prefix]
         if len(positions):
-            parts.append(self.tokens(codes[:, positions.to(codes.device)]))
-        if queries:
-            parts.append(self.query.expand(codes.shape[0], queries, -1))
+            parts.append(self.tokens(codes[:, positions.to(codes.device)] + self.special))
+        if len(learned):
+            learned = learned.to(codes.device)
+            vectors = self.tokens(learned + 1) if self.special else self.query[learned]
+            parts.append(vectors.expand(codes.shape[0], -1, -1))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _prefix(self, condition: Given | None, batch: int, device: torch.device) -> Tensor:
+        """Prefix rows (B, P, D)."""
+        return self.condition.rows(condition, batch, device, self.tokens)
+
+    def _inputs(self, codes: Tensor, prefix: Tensor) -> Tensor:
+        """Embeddings (B, R, D) of all rows of the plan, for teacher forcing.
+
+        A paradigm whose rows are more than tokens and queries says here and in `_feed` what it feeds.
+        """
+        position, query = self.plan.position, self.plan.query
+        return self._embed(codes, position[(position >= 0) & ~query], self.plan.vectors, prefix)
+
+    def _feed(self, prefix: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The same step by step: a function of (codes so far, step). It is made once a generation and may keep a state."""
+
+        def feed(codes: Tensor, step: int) -> Tensor:
+            fed = self.plan.steps[step]
+            return self._embed(codes, fed.tokens, fed.learned, None if step else prefix)
+
+        return feed
 
     def run_rows(self, x: Tensor, rows: Tensor, *, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         """Runs the transformer on embeddings (B, n, D) of row ids (n,); options as in `Transformer.forward`."""
@@ -265,9 +308,9 @@ class Generator(ModelMixin, ConfigMixin):
         ):
             got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(codes)
             raise TokenloomError(f"{name} must be an integer tensor of shape (B, {size}), got {got}.")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
+        if codes.numel() and not -self.special <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
             raise TokenloomError(
-                f"{name} must lie in 0..{self.vocab_size - 1}, got {int(codes.min())}..{int(codes.max())}."
+                f"{name} must lie in {-self.special}..{self.vocab_size - 1}, got {int(codes.min())}..{int(codes.max())}."
             )
 
     def logits(self, codes: Tensor, condition: Given | None = None) -> Tensor:
@@ -278,16 +321,16 @@ class Generator(ModelMixin, ConfigMixin):
             condition: What the model's condition takes; `None` is the null condition.
 
         Returns:
-            (B, N, V) in layout order: position p is predicted from the positions of earlier steps only.
+            (B, N, V) in layout order: position p is predicted from the positions of earlier steps only. Special tokens,
+            if there are any, come before code 0. Zero where a plan predicts nothing.
         """
         batch, device = codes.shape[0], codes.device
         if condition is None:
             condition = self.condition.null(batch, device)
         plan = self.plan
-        prefix = self.condition(condition, batch, device)
+        prefix = self._prefix(condition, batch, device)
         rows = torch.arange(plan.rows)
-        tokens = plan.position[(plan.position >= 0) & ~plan.query]
-        x = self._embed(codes, tokens, int(plan.query.sum()), prefix)
+        x = self._inputs(codes, prefix)
         mask = plan.mask_for(self.condition.visible(condition), rows, plan.rows, plan.mask)
         taps = self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
@@ -295,8 +338,11 @@ class Generator(ModelMixin, ConfigMixin):
         return self._head(hidden[:, :, inverse.to(device)], plan.weights[:, inverse], self._table())
 
     def loss(self, codes: Tensor, condition: Given | None = None) -> Tensor:
-        """Mean cross-entropy in nats a token of codes (B, N)."""
-        return F.cross_entropy(self.logits(codes, condition).float().flatten(0, 1), codes.flatten())
+        """Mean cross-entropy in nats a token of codes (B, N), over the positions that are predicted."""
+        logits, predicted = self.logits(codes, condition), self.plan.predicted
+        if not bool(predicted.all()):
+            logits, codes = logits[:, predicted], codes[:, predicted]
+        return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten() + self.special)
 
     def forward(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """`loss(codes, condition)`, the training forward."""
@@ -318,7 +364,13 @@ class Generator(ModelMixin, ConfigMixin):
         return condition.to(self.device), condition.shape[0]
 
     def _kept(self, known: Tensor | None, keep: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
+        given = ~self.plan.predicted
         if known is None and keep is None:
+            if bool(given.any()):
+                raise TokenloomError(
+                    f"This generator predicts {int((~given).sum())} of {len(given)} positions from the others; pass "
+                    "known codes, and keep them at plan.predicted == False at least."
+                )
             return None
         if not isinstance(known, Tensor) or not isinstance(keep, Tensor):
             raise TokenloomError("known and keep belong together: codes (B, N), and which of them to keep.")
@@ -330,6 +382,10 @@ class Generator(ModelMixin, ConfigMixin):
             raise TokenloomError(
                 f"known must be ({batch}, {size}) codes and keep a boolean ({batch}, {size}) or ({size},) mask, "
                 f"got {tuple(known.shape)} and {keep.dtype} {tuple(keep.shape)}."
+            )
+        if not bool(keep[:, given.to(keep.device)].all()):
+            raise TokenloomError(
+                "keep must hold where this generator predicts nothing (plan.predicted == False)."
             )
         return known.to(self.device), keep.to(self.device)
 
@@ -371,29 +427,30 @@ class Generator(ModelMixin, ConfigMixin):
         kept = self._kept(known, keep, batch)
         noise_seeds = as_seeds(seeds, batch, self.device)
         strength, sampling = Guidance.of(guidance), sampling or Sampling()
-        prefix, visible = self.condition(condition, batch, self.device), self.condition.visible(condition)
+        prefix, visible = self._prefix(condition, batch, self.device), self.condition.visible(condition)
         if strength.enabled:
             null = self.condition.null(batch, self.device)
             if condition is not None:
                 null = self.condition.null_like(condition, self.device)
-            prefix = torch.cat((prefix, self.condition(null, batch, self.device)))
+            prefix = torch.cat((prefix, self._prefix(null, batch, self.device)))
             visible = None if visible is None else visible.repeat(2, 1)
         stepper, table = decoding.make(decode, self, prefix, visible), self._table()
+        feed = self._feed(prefix)
         order = self.order
         codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
         for index, step in enumerate(self.plan.steps):
             progress = index / max(1, order.num_steps - 1)
             shown = codes.repeat(2, 1) if strength.enabled else codes
-            x = self._embed(shown, step.tokens, step.queries, None if index else prefix)
-            hidden = self._collect(stepper(x, index), step.sources, step.weights)
-            if strength.enabled:  # the heads are affine: guidance before them is the same and half the work
-                conditional, null_half = hidden.chunk(2, dim=1)
-                scale = strength.at(progress, step=index, made=order.slices[index].start)
-                hidden = guide(conditional, null_half, scale).to(hidden.dtype)
+            taps = stepper(feed(shown, index), index) if len(step.rows) else ()
             positions = step.positions.to(codes.device)
-            logits = self._head(hidden, step.weights, table)
-            ids = self._sample(logits, noise_seeds, positions, sampling.at(progress), index)
+            ids = torch.zeros_like(codes[:, positions])
+            if bool(step.weights.any()):
+                made = order.slices[index].start
+                scale = strength.at(progress, step=index, made=made, count=len(positions))
+                hidden = self._guide(self._collect(taps, step.sources, step.weights), scale, batch)
+                logits = self._head(hidden, step.weights, table)
+                ids = self._sample(logits, noise_seeds, positions, sampling.at(progress), index)
             if kept is not None:
                 ids = torch.where(kept[1][:, positions], kept[0][:, positions], ids)
             codes[:, positions] = ids
@@ -402,11 +459,19 @@ class Generator(ModelMixin, ConfigMixin):
                 on_step(Step(index, order.num_steps, codes, committed.clone()))
         return codes
 
+    @staticmethod
+    def _guide(hidden: Tensor, scale: float, batch: int) -> Tensor:
+        """Mixes the two halves of (J, 2B, m, D); the heads are affine, so before them is the same and half the work."""
+        if hidden.shape[1] == batch:
+            return hidden
+        conditional, null_half = hidden.chunk(2, dim=1)
+        return guide(conditional, null_half, scale).to(hidden.dtype)
+
     def _sample(
         self, logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling, step: int
     ) -> Tensor:
         try:
-            return sample_tokens(logits, seeds, positions, sampling)
+            return sample_tokens(logits, seeds, positions, sampling) - self.special
         except TokenloomError as error:
             if torch.isfinite(logits).all():
                 raise

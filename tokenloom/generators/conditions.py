@@ -6,7 +6,7 @@ Knows nothing of codes, orders or prompts (words arrive as ids).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +77,23 @@ class Condition(nn.Module):
         """Prefix rows (B, P, D)."""
         raise TokenloomError(f"{type(self).__name__} does not define forward(); override it.")
 
+    def rows(
+        self, condition: Any, batch: int, device: torch.device, table: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Prefix rows (B, P, D); `table` embeds rows of the generator's token table, for conditions written in it."""
+        return self(condition, batch, device)
+
 
 class NoCondition(Condition):
-    """One learned start row."""
+    """One learned start row, or no row at all (length 0)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, length: int = 1) -> None:
         super().__init__()
-        self.length = 1
-        self.start = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        if length not in (0, 1):
+            raise TokenloomError(f"The condition 'none' has 0 or 1 rows, got {length!r}.")
+        self.length = length
+        if length:
+            self.start = nn.Parameter(torch.randn(1, 1, width) * 0.02)
 
     def null(self, batch: int, device: torch.device) -> None:
         """Nothing is the only condition."""
@@ -100,6 +109,14 @@ class NoCondition(Condition):
     def forward(self, condition: Tensor | None, batch: int, device: torch.device) -> Tensor:
         """The start row for every sample."""
         return self.start.expand(batch, -1, -1)
+
+    def rows(
+        self, condition: Any, batch: int, device: torch.device, table: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The start row for every sample, or no row in the dtype of the token table."""
+        if self.length:
+            return self(condition, batch, device)
+        return table(torch.zeros(batch, 0, dtype=torch.long, device=device))
 
 
 class ClassCondition(Condition):
@@ -178,6 +195,53 @@ class WordCondition(Condition):
         return self.project(self.table(condition)) + self.place
 
 
+class TokenCondition(Condition):
+    """Ids (B, C), or (B,) if C is 1, written in the generator's own token table, then its start token (NBP).
+
+    The table begins with special rows: the start token, the learned rows of the plan, then these ids. An id of -1 says
+    nothing; its row is `absent`.
+
+    Args:
+        vocabulary: Number of ids.
+        ids: Ids a condition C.
+        offset: Row of the id 0 in the token table.
+        width: Model width D.
+    """
+
+    absent: Tensor
+
+    def __init__(self, vocabulary: int, ids: int, offset: int, width: int) -> None:
+        super().__init__()
+        self.vocabulary, self.ids, self.offset, self.length = vocabulary, ids, offset, ids + 1
+        self.register_buffer("absent", torch.randn(ids, width) / width**0.5)
+
+    def null(self, batch: int, device: torch.device) -> Tensor:
+        """Nothing in every place."""
+        return torch.full((batch, self.ids), -1, device=device)
+
+    def check(self, condition: Any) -> None:
+        """Ids must be integers (B, C) inside the vocabulary, or -1."""
+        good = isinstance(condition, Tensor) and not condition.is_floating_point()
+        if not good or condition.shape[1:] != ((self.ids,) if condition.ndim == 2 or self.ids != 1 else ()):
+            shape = "(B,)" if self.ids == 1 else f"(B, {self.ids})"
+            raise TokenloomError(
+                f"The condition must be an integer tensor of shape {shape}, got {_describe(condition)}."
+            )
+        if condition.numel() and not -1 <= int(condition.min()) <= int(condition.max()) < self.vocabulary:
+            raise TokenloomError(
+                f"Condition ids must lie in 0..{self.vocabulary - 1} (-1 = none), "
+                f"got {int(condition.min())}..{int(condition.max())}."
+            )
+
+    def rows(
+        self, condition: Tensor, batch: int, device: torch.device, table: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """One row an id, then the start token."""
+        ids = condition.reshape(batch, self.ids)
+        rows = torch.where(ids[..., None] < 0, self.absent, table(ids.clamp(min=0) + self.offset))
+        return torch.cat((rows, table(ids.new_zeros(batch, 1))), dim=1)
+
+
 class FeatureCondition(Condition):
     """Caption features (B, P, F) through a two-layer perceptron (LlamaGen and NAR text to image).
 
@@ -242,13 +306,14 @@ def _describe(value: Any) -> str:
 
 
 def make_condition(options: Mapping[str, Any] | None, width: int) -> Condition:
-    """Builds a condition from {"kind": "none" | "class" | "words" | "features", ...options}."""
+    """Builds a condition from {"kind": "none" | "class" | "words" | "features" | "tokens", ...options}."""
     values = dict(options or {"kind": "none"})
     kinds: dict[str, type[Condition]] = {
         "none": NoCondition,
         "class": ClassCondition,
         "words": WordCondition,
         "features": FeatureCondition,
+        "tokens": TokenCondition,
     }
     kind = values.pop("kind", "none")
     if kind not in kinds:

@@ -26,7 +26,7 @@ class StepRows:
     Attributes:
         rows: LongTensor (n,), the rows fed.
         tokens: LongTensor (t,), the layout indices of the token rows among them.
-        queries: How many query rows stand behind the tokens.
+        learned: LongTensor (q,), the learned vectors of the query rows behind the tokens.
         committed: How many of the rows stay in the cache.
         mask: BoolTensor (n, L) over the cache and these rows, or `None` where all is visible.
         sources: LongTensor (J, m), the place among the fed rows that predicts each position at each head.
@@ -36,7 +36,7 @@ class StepRows:
 
     rows: Tensor
     tokens: Tensor
-    queries: int
+    learned: Tensor
     committed: int
     mask: Tensor | None
     sources: Tensor
@@ -52,10 +52,13 @@ class RowPlan:
         feeds: For each step, the ids of the rows fed, the committed ones first.
         committed: For each step, how many of the fed rows stay in the cache.
         mask: BoolTensor (R, R); mask[q, k] says whether row q sees row k.
-        position: LongTensor (R,), the layout index of a token or query row, -1 for prefix rows.
+        position: LongTensor (R,), the layout index of a token or query row, -1 for rows that stand at none.
         query: BoolTensor (R,), true for query rows.
+        learned: LongTensor (R,), which learned vector a query row holds; `None` means one vector for all.
+        place: LongTensor (R,), which learned position a row gets; `None` means prefix rows first, then the layout.
         sources: LongTensor (J, N), the row whose hidden state at head j predicts the n-th position in decode order.
-        weights: float32 (J, N), the weight of each head; the columns sum to 1.
+        weights: float32 (J, N), the weight of each head; the columns sum to 1, or to 0 where a position is
+            predicted by no row and has to be known.
         order: The order behind it.
     """
 
@@ -67,6 +70,20 @@ class RowPlan:
     sources: Tensor
     weights: Tensor
     order: Order
+    learned: Tensor | None = None
+    place: Tensor | None = None
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """LongTensor (q,): the learned vectors of the query rows, in the order of the rows."""
+        if self.learned is None:
+            return torch.zeros(int(self.query.sum()), dtype=torch.long)
+        return self.learned[self.query]
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """BoolTensor (N,) in layout order: false where no row predicts a position."""
+        return (self.weights.sum(0) > 0)[self.order.inverse]
 
     @cached_property
     def steps(self) -> tuple[StepRows, ...]:
@@ -85,7 +102,7 @@ class RowPlan:
         return StepRows(
             rows=rows,
             tokens=self.position[rows][(self.position[rows] >= 0) & ~is_query],
-            queries=int(is_query.sum()),
+            learned=(torch.zeros_like(rows) if self.learned is None else self.learned[rows])[is_query],
             committed=self.committed[step],
             mask=self.step_mask(step),
             sources=sources.clamp(min=0),
@@ -253,3 +270,139 @@ def query_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
         weights=torch.ones(1, size),
         order=order,
     )
+
+
+@lru_cache(maxsize=64)
+def group_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPlan:
+    """Next block from the block before (PAR, NBP): the first n positions come one a step, then n at once.
+
+    The first group of n is predicted by the token before it and n-1 learned rows, which stay; each later group by the
+    group before, place by place. Rows of a group see each other. Learned positions follow the sequence: prefix, n
+    tokens, the learned rows, the other tokens.
+
+    Raises:
+        TokenloomError: If the order is not n single positions and then groups of n.
+    """
+    sizes = [part.stop - part.start for part in order.slices]
+    group, size = sizes[-1], order.layout.size
+    if sizes != [1] * group + [group] * (size // group - 1) or group == size:
+        raise TokenloomError(
+            f"This plan needs an order of n single positions and then groups of n, got {order}; use "
+            "orders.regions(grid, n) or orders.blocks(layout, n, sequential_first=True)."
+        )
+    step, position = _token_rows(order, prefix)
+    step, position = step[: size - group + prefix], position[: size - group + prefix]
+    extra, rows = group - 1, len(step)
+    step = torch.cat((step, torch.full((extra,), group)))
+    position = torch.cat((position, torch.full((extra,), -1)))
+    query = torch.arange(rows + extra) >= rows
+    index = torch.arange(rows)
+    place = torch.cat((index + extra * (index >= prefix + group), prefix + group + torch.arange(extra)))
+    wanted = torch.arange(size)
+    before = prefix + torch.where(wanted < group, wanted - 1, wanted - group)
+    sources = torch.where((wanted > group) & (wanted < 2 * group), rows + wanted - group - 1, before)
+    sources[group] = prefix + group - 1
+    feeds = _feeds(step, order.num_steps)
+    return RowPlan(
+        feeds=feeds,
+        committed=tuple(len(feed) for feed in feeds),
+        mask=_base_mask(step, prefix, causal_prefix),
+        position=position,
+        query=query,
+        sources=sources[None],
+        weights=torch.ones(1, size),
+        order=order,
+        learned=torch.where(query, torch.arange(rows + extra) - rows, 0),
+        place=place,
+    )
+
+
+@lru_cache(maxsize=64)
+def shift_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPlan:
+    """Next block from the block before, without learned rows: the first block is not predicted, it has to be known.
+
+    Raises:
+        TokenloomError: If the steps do not all have the same number of positions.
+    """
+    size = order.layout.size
+    block = size // order.num_steps
+    if any(part.stop - part.start != block for part in order.slices) or order.num_steps < 2:
+        raise TokenloomError(f"This plan needs an order of two or more steps of equal size, got {order}.")
+    step, position = _token_rows(order, prefix)
+    step, position = step[: size - block + prefix], position[: size - block + prefix]
+    feeds = _feeds(step, order.num_steps)
+    wanted = torch.arange(size)
+    return RowPlan(
+        feeds=feeds,
+        committed=tuple(len(feed) for feed in feeds),
+        mask=_base_mask(step, prefix, causal_prefix),
+        position=position,
+        query=torch.zeros(len(step), dtype=torch.bool),
+        sources=(prefix + wanted - block).clamp(min=0)[None],
+        weights=(wanted >= block).float()[None],
+        order=order,
+    )
+
+
+@lru_cache(maxsize=64)
+def scale_plan(
+    order: Order,
+    prefix: int,
+    causal_prefix: bool = False,
+    own_scale: bool = False,
+    window: int = 0,
+    window_from: int = 0,
+) -> RowPlan:
+    """Next scale (VAR, MVAR): one row at each position of the scale being made, and each row predicts its own place.
+
+    Rows of a scale see the prefix, all earlier scales and each other. They hold what earlier scales add up to, so there
+    are no other rows, and unlike queries they stay in the cache.
+
+    Args:
+        order: A `scales` order.
+        prefix: Number of prefix rows P, which may be 0.
+        causal_prefix: Whether prefix rows see only earlier prefix rows.
+        own_scale: Whether rows see the prefix and their own scale alone (MVAR); only the prefix stays in the cache.
+        window: Side k of the neighbourhood that a row sees of its own scale; 0 for all of it. At a border the
+            neighbourhood is moved inside, so that it always holds k x k positions if the scale does.
+        window_from: First scale that has a window.
+
+    Raises:
+        TokenloomError: If the order is not `scales`, or the window is even.
+    """
+    if order.name != "scales":
+        raise TokenloomError(f"Next-scale prediction needs the order 'scales', got {order}.")
+    if window < 0 or (window and window % 2 == 0):
+        raise TokenloomError(f"A window has an odd side, or 0 for none, got {window}.")
+    size, scale = order.layout.size, order.step
+    seen = scale[None, :] == scale[:, None] if own_scale else scale[None, :] <= scale[:, None]
+    if window:
+        other = (scale[None, :] != scale[:, None]) | (scale < window_from)[:, None]
+        seen &= other | _neighbourhood(order, window)
+    mask = torch.zeros(prefix + size, prefix + size, dtype=torch.bool)
+    mask[:, :prefix] = True
+    mask[prefix:, prefix:] = seen
+    if causal_prefix:
+        mask[:prefix, :prefix] = mask[:prefix, :prefix].tril()
+    feeds = _feeds(torch.cat((torch.zeros(prefix, dtype=torch.long), scale)), order.num_steps)
+    stay = (prefix, *[0] * (order.num_steps - 1)) if own_scale else tuple(len(feed) for feed in feeds)
+    return RowPlan(
+        feeds=feeds,
+        committed=stay,
+        mask=mask,
+        position=torch.cat((torch.full((prefix,), -1), torch.arange(size))),
+        query=torch.zeros(prefix + size, dtype=torch.bool),
+        sources=(prefix + torch.arange(size))[None],
+        weights=torch.ones(1, size),
+        order=order,
+    )
+
+
+def _neighbourhood(order: Order, window: int) -> Tensor:
+    """BoolTensor (N, N): whether k has a row and a column inside the window around q in the map of q."""
+    coords = order.layout.coords
+    sides = torch.tensor(order.layout.maps)[coords[:, 0]]  # (N, 2): height and width of the map of q
+    start = (coords[:, 1:] - window // 2).clamp(min=0)
+    start = torch.minimum(start, (sides - window).clamp(min=0))
+    places = coords[None, :, 1:] - start[:, None]
+    return ((places >= 0) & (places < window)).all(-1)

@@ -130,6 +130,8 @@ class Guidance:
         start: Scale at the first step of the schedules "linear" and "steps".
         interval: Progress range (both ends included) in which guidance is on; outside the scale is 1.
         tokens: Guidance is on only while at most this many tokens exist; `None` is no limit.
+        steps: Guidance is on only in the first `steps` steps; `None` is no limit.
+        opening: Guidance is on in the first step that makes several tokens, whatever the limits say.
 
     Raises:
         TokenloomError: For values that are not finite, or an interval outside [0, 1].
@@ -144,6 +146,8 @@ class Guidance:
     start: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     tokens: int | None = None
+    steps: int | None = None
+    opening: bool = False
 
     def __post_init__(self) -> None:
         """Checks the fields and makes them plain and hashable."""
@@ -157,8 +161,9 @@ class Guidance:
                 )
         elif self.schedule not in _GUIDANCE:
             raise unknown_name("guidance schedule", self.schedule, _GUIDANCE)
-        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 0):
-            raise TokenloomError(f"Guidance tokens must be a whole number from 0 up, got {self.tokens!r}.")
+        for name, limit in (("tokens", self.tokens), ("steps", self.steps)):
+            if limit is not None and (not isinstance(limit, int) or limit < 0):
+                raise TokenloomError(f"Guidance {name} must be a whole number from 0 up, got {limit!r}.")
         try:
             low, high = (float(end) for end in self.interval)
         except (TypeError, ValueError):
@@ -185,13 +190,14 @@ class Guidance:
             return True
         return self.scale != 1.0 or (self.schedule != "constant" and self.start != 1.0)
 
-    def at(self, progress: float, *, step: int = 0, made: int = 0) -> float:
+    def at(self, progress: float, *, step: int = 0, made: int = 0, count: int = 1) -> float:
         """The scale of a step; 1.0 means that the unconditional branch is not needed.
 
         Args:
             progress: In [0, 1], step / (steps - 1).
-            step: Index of the step, for the schedule "steps".
+            step: Index of the step, for `steps` and the schedule "steps".
             made: How many tokens exist before the step, for `tokens`.
+            count: How many tokens the step makes, for `opening`.
 
         Raises:
             TokenloomError: If progress is out of range, or a guidance function returns something that is not finite.
@@ -199,7 +205,10 @@ class Guidance:
         progress = _progress(progress)
         if not self.interval[0] <= progress <= self.interval[1]:
             return 1.0
-        if self.tokens is not None and made > self.tokens:
+        over = (self.tokens is not None and made > self.tokens) or (
+            self.steps is not None and step >= self.steps
+        )
+        if over and not (self.opening and count > 1 and made == step):
             return 1.0
         if callable(self.schedule):
             return _finite("guidance scale", self.schedule(progress))

@@ -7,6 +7,7 @@ wrong type says which type was expected. Knows nothing of models beyond passing 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,6 +19,12 @@ import yaml
 from tokenloom.errors import TokenloomError, unknown_name
 
 T = TypeVar("T")
+
+
+def _check_range(where: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high or math.isinf(value):
+        limit = f"between {low} and {high}" if math.isfinite(high) else f"a number of at least {low}"
+        raise TokenloomError(f"{where} must be {limit}, got {value}.")
 
 
 @dataclass(kw_only=True)
@@ -115,8 +122,16 @@ class LoopConfig:
             "checkpoint_every",
             "keep",
         ):
-            if getattr(self, key) < 1:
-                raise TokenloomError(f"loop.{key} must be at least 1, got {getattr(self, key)}.")
+            _check_range(f"loop.{key}", getattr(self, key), 1)
+        for key in ("learning_rate", "weight_decay", "warmup", "clip"):
+            _check_range(f"loop.{key}", getattr(self, key), 0)
+        for key in ("cooldown", "ema"):
+            _check_range(f"loop.{key}", getattr(self, key), 0, 1)
+        _check_range("loop.seed", self.seed, 0, 2**32 - 1)
+        if len(self.betas) != 2:
+            raise TokenloomError(f"loop.betas must be two numbers, got {self.betas}.")
+        for index, beta in enumerate(self.betas):
+            _check_range(f"loop.betas[{index}]", beta, 0, 1)
         for key, options in (
             ("schedule", ("cosine", "constant", "wsd")),
             ("precision", ("auto", "bf16", "fp16", "no")),
@@ -189,6 +204,10 @@ class TextConfig:
     drop: float = 0.1
     max_tags: int = 2
 
+    def __post_init__(self) -> None:
+        _check_range("text.max_length", self.max_length, 1)
+        _check_range("text.drop", self.drop, 0, 1)
+
 
 @dataclass(kw_only=True)
 class GeneratorConfig:
@@ -222,6 +241,9 @@ class GeneratorConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     init_from: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_range("views", self.views, 1)
+
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
@@ -231,7 +253,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
         return _convert(value, kind, where)
     if dataclasses.is_dataclass(kind):
-        return from_dict(kind, value, where)  # type: ignore[arg-type]
+        return from_dict(typing.cast("type[Any]", kind), value, where)
     if kind is Any:
         return value
     plain = origin or kind
@@ -270,7 +292,8 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
     fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise unknown_name("configuration key", f"{where}.{key}" if where else str(key), fields)
+            place = f"It was found at {where}.{key}." if where else ""
+            raise unknown_name("configuration key", key, fields, place)
     missing = [
         name
         for name, item in fields.items()
@@ -302,15 +325,25 @@ def load_config(kind: type[T], path: str | Path, overrides: list[str] | None = N
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TokenloomError(f"Cannot read the config {path}: {error.strerror}.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TokenloomError(f"{path} is not valid YAML: {error}") from None
     for override in overrides or []:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise TokenloomError(f"Override {override!r} must look like key.key=value.")
-        target = values
-        *parents, last = key.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[last] = yaml.safe_load(text)
+        _override(values, override)
     return from_dict(kind, values)
+
+
+def _override(values: Any, override: str) -> None:
+    """Applies one "key.key=value" to nested mappings in place."""
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise TokenloomError(f"Override {override!r} must look like key.key=value.")
+    *parents, last = path.split(".")
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {}) if isinstance(target, dict) else None
+    if not isinstance(target, dict):
+        raise TokenloomError(f"Override {override!r} does not fit: what it changes is not a mapping of keys.")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise TokenloomError(f"Override {override!r} has a value that is not valid YAML.") from None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 
 from tokenloom.data.dataset import ImageCaptionFolder
 from tokenloom.errors import TokenloomError
+from tokenloom.tokenizers.image_vq import ImageVQTokenizer
 from tokenloom.training.config import DataConfig
 
 
@@ -30,3 +33,13 @@ def open_folder(config: DataConfig, size: int) -> ImageCaptionFolder:
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 0..255 to float32 -1..1."""
     return pixels.float() / 127.5 - 1
+
+
+def open_tokenizer(folder: str) -> ImageVQTokenizer:
+    """The image tokenizer that `train-tokenizer` wrote into a folder, with float32 weights."""
+    if not (Path(folder) / ImageVQTokenizer.config_name).is_file():
+        raise TokenloomError(
+            f"There is no image tokenizer in {folder!r}: it has no {ImageVQTokenizer.config_name}. Give the folder "
+            '"model" that `tokenloom train-tokenizer` writes, or "tokenizer" of a saved pipeline.'
+        )
+    return ImageVQTokenizer.from_pretrained(folder).float()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from PIL import Image
 from torch import Tensor, nn
 
 from tokenloom.data.prompts import caption
@@ -19,7 +23,7 @@ from tokenloom.tokenizers.image_vq import ImageVQTokenizer
 from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.training.augment import augment
 from tokenloom.training.config import GeneratorConfig
-from tokenloom.training.data import open_folder, to_float
+from tokenloom.training.data import open_folder, open_tokenizer, to_float
 from tokenloom.training.loop import Task
 
 GENERATORS: dict[str, type[Generator]] = {
@@ -64,19 +68,23 @@ class GeneratorTask(Task):
         if config.generator not in GENERATORS:
             raise unknown_name("generator", config.generator, GENERATORS)
         self.config = config
-        self.tokenizer = ImageVQTokenizer.from_pretrained(config.tokenizer).eval()
+        set_seed(config.loop.seed)
+        self.tokenizer = open_tokenizer(config.tokenizer).eval()
+        self.tokenizer.to(PartialState().device)
         folder = open_folder(config.data, self.tokenizer.image_size)
         self.captions = folder.captions
         if not any(item.text for item in self.captions):
             raise TokenloomError(
                 f'{config.data.root} has no captions; add a captions.jsonl with "file" and "text".'
             )
-        every = [" ".join((item.text, *item.tags)) for item in self.captions]
+        every = [
+            " ".join((item.text, item.label or "", item.style or "", *item.tags)) for item in self.captions
+        ]
         self.words = WordTokenizer.from_captions(every, config.text.max_length, config.text.min_count)
         self.codes = cache_codes(self.tokenizer, folder.stack(), config)
         self.size = len(self.codes)
-        self.module: nn.Module = self._build()
-        self.module.train()
+        self.generator = self._build()
+        self.module = self.generator.train()
 
     def _build(self) -> Generator:
         config = self.config
@@ -86,15 +94,23 @@ class GeneratorTask(Task):
             return pipeline.generator
         options = dict(config.model)
         name = options.pop("order", _DEFAULT_ORDERS[config.generator])
+        kind = GENERATORS[config.generator]
         order = orders.build(name, self.tokenizer.layout, **options.pop("order_options", {}))
-        words = {"kind": "words", "vocabulary": len(self.words), "length": config.text.max_length}
-        return GENERATORS[config.generator](
-            order_config=order.to_config(),
-            vocab_size=self.tokenizer.vocab_size,
-            transformer_config=options.pop("transformer", {}),
-            condition_config=words,
-            **options,
-        )
+        fixed: dict[str, Any] = {
+            "order_config": order.to_config(),
+            "vocab_size": self.tokenizer.vocab_size,
+            "transformer_config": options.pop("transformer", {}),
+            "condition_config": {
+                "kind": "words",
+                "vocabulary": len(self.words),
+                "length": config.text.max_length,
+            },
+        }
+        for key in options:
+            allowed = inspect.signature(kind).parameters.keys() - fixed.keys()
+            if key not in allowed:
+                raise unknown_name("model option", key, [*allowed, "order", "order_options", "transformer"])
+        return kind(**fixed, **options)
 
     def _caption(self, index: int, rng: random.Random) -> str:
         item = self.captions[index]
@@ -116,15 +132,16 @@ class GeneratorTask(Task):
         return module(batch["codes"], batch["condition"]), {}
 
     def _pipeline(self) -> TextToImagePipeline:
-        pipeline = TextToImagePipeline(self.tokenizer, self.module, self.words, dict(self.config.sampling))
+        pipeline = TextToImagePipeline(self.tokenizer, self.generator, self.words, dict(self.config.sampling))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def samples(self, path: Path) -> None:
         """A sheet of the configured prompts with fixed seeds."""
-        prompts = self.config.sample_prompts or [item.text for item in self.captions[:16] if item.text]
+        written = [item.text for item in self.captions if item.text]
+        prompts = self.config.sample_prompts or written[:16]
         images = self._pipeline()(prompts, seed=[0] * len(prompts)).images
-        save_image(sheet(images, columns=min(8, len(images))), path)
+        save_image(sheet(cast("list[Image.Image]", images), columns=min(8, len(images))), path)
 
     def save(self, folder: Path) -> None:
         """Writes a pipeline folder with a weight record."""

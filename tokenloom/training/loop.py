@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -15,8 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,6 +27,9 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
 from tokenloom.training.config import LoopConfig
+from tokenloom.training.interrupts import noticed_interrupts
+
+_SETTINGS = ("initial_lr", "weight_decay", "betas")  # of AdamW, taken from the config also after a resume
 
 
 class Task(ABC):
@@ -103,11 +109,20 @@ def epoch_batches(size: int, config: LoopConfig, start: int, rank: int, world: i
             number += 1
 
 
+def batch_generator(seed: int, step: int, micro: int, rank: int) -> torch.Generator:
+    """The source of randomness of one micro-batch, the same whatever was resumed and on every platform."""
+    state = np.random.SeedSequence((seed, step, micro, rank)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) % 2**63)
+
+
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    named = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """Matrices decay; vectors and codebooks, whose length is a position and not a strength, do not."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim >= 2 and name.rpartition(".")[2] != "codebook"]
+    kept = {id(p) for p in decayed}
     return [
-        {"params": [p for p in named if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [p for _, p in named if id(p) not in kept], "weight_decay": 0.0},
     ]
 
 
@@ -137,13 +152,20 @@ class Trainer:
             raise TokenloomError(
                 f"Cannot write to the output folder {self.output}: {error.strerror}."
             ) from None
+        if not os.access(self.output, os.W_OK):
+            raise TokenloomError(f"Cannot write to the output folder {self.output}: permission denied.")
+        for state in (
+            AcceleratorState,
+            GradientState,
+        ):  # an earlier run of this process may have used other settings
+            state._reset_state()
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(config.precision),
             gradient_accumulation_steps=config.accumulate,
             dynamo_backend="inductor" if config.compile else None,
             step_scheduler_with_optimizer=False,
         )
-        set_seed(config.seed)
+        set_seed(config.seed, device_specific=True)
         optimizer = torch.optim.AdamW(
             _parameter_groups(task.module, config.weight_decay),
             lr=config.learning_rate,
@@ -159,7 +181,9 @@ class Trainer:
         self.step = 0
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.output / "checkpoints").glob("step-*"))
+        """Complete checkpoints, the one written last at the end."""
+        found = (self.output / "checkpoints").glob("step-*/progress.json")
+        return [path.parent for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))]
 
     def resume(self, which: str) -> None:
         """Continues from "latest" or from a checkpoint folder."""
@@ -171,17 +195,26 @@ class Trainer:
             )
         if not (path / "progress.json").is_file():
             raise TokenloomError(f"{path} is not a complete checkpoint (progress.json is missing).")
+        settings = [{key: group[key] for key in _SETTINGS} for group in self.optimizer.param_groups]
         self.accelerator.load_state(str(path))
+        self.ema.to(self.accelerator.device)
+        self.ema.decay = self.config.ema
         self.step = json.loads((path / "progress.json").read_text())["step"]
+        factor = learning_rate_factor(self.step, self.config)
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(
+                values, lr=self.config.learning_rate * factor
+            )  # the config rules, not the checkpoint
+        self.schedule.scheduler.base_lrs = [self.config.learning_rate] * len(settings)
         self.accelerator.print(f"Resumed from {path} at step {self.step}.")
 
     def _with_average(self, action: Any) -> None:
         parameters = list(self.task.module.parameters())
         self.ema.store(parameters)
-        if self.config.ema:
-            self.ema.copy_to(parameters)
-        self.task.module.eval()
         try:
+            if self.config.ema:
+                self.ema.copy_to(parameters)
+            self.task.module.eval()
             with torch.no_grad():
                 action()
         finally:
@@ -197,6 +230,7 @@ class Trainer:
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()  # every process writes its random state into the folder
         if not self.accelerator.is_main_process:
             return
         (temporary / "progress.json").write_text(json.dumps({"step": self.step}))
@@ -219,8 +253,7 @@ class Trainer:
         config, device = self.config, self.accelerator.device
         logs: dict[str, Tensor] = {}
         for micro in range(config.accumulate):
-            generator = torch.Generator()
-            generator.manual_seed(hash((config.seed, self.step, micro, rank)) % 2**63)
+            generator = batch_generator(config.seed, self.step, micro, rank)
             batch = self.task.batch(next(batches), generator)
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with self.accelerator.accumulate(self.model):
@@ -236,14 +269,32 @@ class Trainer:
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.task.module.parameters(), config.clip)
                     logs = {**logs, "gradient_norm": torch.as_tensor(norm)}
+                    self._check_norm(logs["gradient_norm"])
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.schedule.step()
         self.ema.step(self.task.module.parameters())
         return {"loss": loss.detach(), **logs, **self.task.after_step(self.accelerator, batch, self.step)}
 
+    def _check_norm(self, norm: Tensor) -> None:
+        """Stops before gradients that are not finite reach the weights; fp16 scaling skips such steps itself."""
+        if self.accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):
+            raise TokenloomError(
+                f"The gradient norm is {float(norm)} at step {self.step}; lower the learning rate or resume from the "
+                "last checkpoint with another seed."
+            )
+
     def run(self) -> None:
-        """Trains to `config.steps`; Ctrl-C writes a checkpoint first."""
+        """Trains to `config.steps`; Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
+
+        Raises:
+            TokenloomError: The output folder holds checkpoints of another run, or the loss is not finite.
+        """
+        if self.step == 0 and (old := self._checkpoints()):
+            raise TokenloomError(
+                f"{self.output} already holds a run ({old[-1].name}). Continue it with --resume latest, or choose "
+                "another output folder."
+            )
         config, accelerator = self.config, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         batches = epoch_batches(self.task.size, config, self.step * config.accumulate, rank, world)
@@ -254,32 +305,42 @@ class Trainer:
             TimeRemainingColumn(),
         )
         self.task.module.train()
-        with Progress(*columns, disable=not accelerator.is_main_process, refresh_per_second=2) as progress:
+        with (
+            Progress(*columns, disable=not accelerator.is_main_process, refresh_per_second=2) as progress,
+            noticed_interrupts() as interrupted,
+        ):
             bar = progress.add_task("starting", total=config.steps, completed=self.step)
             if self.step == 0:
                 self._sample()
             clock, counted = time.perf_counter(), self.step
-            try:
-                while self.step < config.steps:
-                    logs = self._train_step(batches, rank)
-                    self.step += 1
-                    progress.advance(bar)
-                    if self.step % config.log_every == 0 or self.step == config.steps:
-                        seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                        done, counted = self.step - counted, self.step
-                        rate = done * config.batch_size * config.accumulate * world / seconds
-                        self._log(logs, rate, progress, bar)
-                    if self.step % config.sample_every == 0 or self.step == config.steps:
-                        self._sample()
-                    if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                        self.checkpoint()
-            except KeyboardInterrupt:
-                progress.console.print(
-                    f"Interrupted at step {self.step}: writing a checkpoint; continue with --resume latest."
-                )
-                self.checkpoint()
-                raise
+            while self.step < config.steps:
+                logs = self._train_step(batches, rank)
+                self.step += 1
+                progress.advance(bar)
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                    done, counted = self.step - counted, self.step
+                    rate = done * config.batch_size * config.accumulate * world / seconds
+                    self._log(logs, rate, progress, bar)
+                if self.step % config.sample_every == 0 or self.step == config.steps:
+                    self._sample()
+                stop = self._any_process(interrupted.is_set())
+                if stop or self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    self.checkpoint()
+                if stop:
+                    progress.console.print(
+                        f"Interrupted: wrote a checkpoint at step {self.step}; continue with --resume latest."
+                    )
+                    raise KeyboardInterrupt
         accelerator.end_training()
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether the flag is set in any process, so that all of them stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        if flag:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
 
     def _log(self, logs: dict[str, Tensor], rate: float, progress: Progress, bar: Any) -> None:
         if not self.accelerator.is_main_process:

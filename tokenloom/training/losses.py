@@ -15,13 +15,22 @@ from tokenloom.errors import TokenloomError
 def structural_loss(output: Tensor, target: Tensor, scales: int = 3, window: int = 7) -> Tensor:
     """1 - SSIM with uniform windows, averaged over a pyramid of halved pictures (after Wang et al. 2003).
 
+    Scales at which a picture is smaller than the window are left out, except the first, whose window shrinks.
+
     Returns:
         A scalar in [0, 2].
     """
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    c1, c2 = 0.01**2, 0.03**2
+    output, target = (
+        (output + 1) / 2,
+        (target + 1) / 2,
+    )  # means of one sign, or two negatives would look alike
     losses = []
+    window = min(window, *output.shape[-2:])
     for scale in range(scales):
         if scale:
+            if min(output.shape[-2:]) < 2 * window:
+                break
             output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
         mean_x, mean_y = F.avg_pool2d(output, window, 1), F.avg_pool2d(target, window, 1)
         var_x = F.avg_pool2d(output * output, window, 1) - mean_x * mean_x
@@ -37,10 +46,15 @@ def structural_loss(output: Tensor, target: Tensor, scales: int = 3, window: int
 class PerceptualLoss(nn.Module):
     """Mean squared distance of channel-normalised features of a timm backbone (LPIPS without linear heads).
 
+    Pictures are brought to the mean and standard deviation the backbone was trained with.
+
     Args:
         backbone: timm name, for instance "vgg16".
         pretrained: Whether timm loads published weights; random features are a weak loss, but need no download.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: str, pretrained: bool) -> None:
         super().__init__()
@@ -54,12 +68,18 @@ class PerceptualLoss(nn.Module):
                 "Set loss.perceptual_pretrained to false, name another backbone, or set loss.perceptual to 0."
             ) from error
         self.net.eval().requires_grad_(False)
+        settings = timm.data.resolve_model_data_config(self.net)
+        self.register_buffer("mean", torch.tensor(settings["mean"]).view(1, -1, 1, 1) * 2 - 1)
+        self.register_buffer("std", torch.tensor(settings["std"]).view(1, -1, 1, 1) * 2)
+
+    def _features(self, pixels: Tensor) -> list[Tensor]:
+        return self.net((pixels - self.mean) / self.std)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """A scalar; gradients flow into `output`."""
         with torch.no_grad():
-            wanted = self.net(target)
-        pairs = zip(self.net(output), wanted, strict=True)
+            wanted = self._features(target)
+        pairs = zip(self._features(output), wanted, strict=True)
         distances = [F.mse_loss(F.normalize(a, dim=1), F.normalize(b, dim=1)) * a.shape[1] for a, b in pairs]
         return torch.stack(distances).mean()
 

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from tokenloom.errors import check_options
 from tokenloom.media import save_image, sheet, to_pil
 from tokenloom.tokenizers.image_vq import ImageVQTokenizer
 from tokenloom.tokenizers.quantizers import codebook_usage
 from tokenloom.training.augment import augment
 from tokenloom.training.config import TokenizerConfig
-from tokenloom.training.data import open_folder, to_float
+from tokenloom.training.data import open_folder, open_tokenizer, to_float
 from tokenloom.training.loop import Task
 from tokenloom.training.losses import (
     PatchDiscriminator,
@@ -31,12 +33,13 @@ class TokenizerTask(Task):
 
     def __init__(self, config: TokenizerConfig) -> None:
         self.config = config
+        set_seed(config.loop.seed)
         if config.init_from:
-            self.module: nn.Module = ImageVQTokenizer.from_pretrained(config.init_from)
+            self.tokenizer = open_tokenizer(config.init_from)
         else:
-            self.module = ImageVQTokenizer(**config.model)
-        self.module.train()
-        self.tokenizer: ImageVQTokenizer = self.module
+            check_options(ImageVQTokenizer, config.model, "model option")
+            self.tokenizer = ImageVQTokenizer(**config.model)
+        self.module = self.tokenizer.train()
         self.pixels = open_folder(config.data, self.tokenizer.image_size).stack()
         self.size = len(self.pixels)
         self.counts = torch.zeros(self.tokenizer.vocab_size, dtype=torch.long)
@@ -45,6 +48,7 @@ class TokenizerTask(Task):
             PerceptualLoss(loss.perceptual_backbone, loss.perceptual_pretrained) if loss.perceptual else None
         )
         self.discriminator = PatchDiscriminator() if loss.adversarial else None
+        self.critic: nn.Module | None = None  # the discriminator, as accelerate wraps it
         self.outputs: Tensor | None = None
 
     def prepare(self, accelerator: Accelerator) -> None:
@@ -55,7 +59,7 @@ class TokenizerTask(Task):
             optimizer = torch.optim.AdamW(
                 self.discriminator.parameters(), lr=self.config.loop.learning_rate / 2, betas=(0.5, 0.9)
             )
-            self.discriminator, self.critic_optimizer = accelerator.prepare(self.discriminator, optimizer)
+            self.critic, self.critic_optimizer = accelerator.prepare(self.discriminator, optimizer)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Augmented pixels of the given pictures."""
@@ -75,7 +79,9 @@ class TokenizerTask(Task):
             logs["perceptual"] = self.perceptual(output, pixels)
             total = total + weights.perceptual * logs["perceptual"]
         if self.discriminator is not None and step >= weights.adversarial_start:
+            self.discriminator.requires_grad_(False)  # this loss trains the tokenizer alone
             logs["adversarial"] = -self.discriminator(output).float().mean()
+            self.discriminator.requires_grad_(True)
             weight = adaptive_weight(total, logs["adversarial"], self.tokenizer.paint.weight)
             total = total + weights.adversarial * weight * logs["adversarial"]
         self.outputs = output.detach()
@@ -97,14 +103,14 @@ class TokenizerTask(Task):
 
     def after_step(self, accelerator: Accelerator, batch: Any, step: int) -> dict[str, Tensor]:
         """Trains the discriminator."""
-        if self.discriminator is None or step < self.config.loss.adversarial_start:
+        if self.critic is None or self.outputs is None or step < self.config.loss.adversarial_start:
             return {}
         with accelerator.autocast():
-            real, fake = self.discriminator(batch["pixels"]), self.discriminator(self.outputs)
+            real, fake = self.critic(torch.cat((batch["pixels"], self.outputs))).chunk(2)
             loss = hinge_loss(real.float(), fake.float())
+        self.critic_optimizer.zero_grad()
         accelerator.backward(loss)
         self.critic_optimizer.step()
-        self.critic_optimizer.zero_grad()
         return {"critic": loss.detach()}
 
     def samples(self, path: Path) -> None:

@@ -1,0 +1,195 @@
+"""Training configs: errors that name the key, overrides, and the committed recipes."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tokenloom import ImageVQTokenizer, TokenloomError, orders
+from tokenloom.training.config import (
+    GeneratorConfig,
+    LoopConfig,
+    TextConfig,
+    TokenizerConfig,
+    from_dict,
+    load_config,
+)
+from tokenloom.training.generator_task import _DEFAULT_ORDERS, GENERATORS
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+MINIMAL = "output: out\ndata: {root: pictures}\n"
+
+
+def load(tmp_path: Path, text: str, overrides: list[str] | None = None) -> TokenizerConfig:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(TokenizerConfig, path, overrides)
+
+
+def test_defaults(tmp_path):
+    config = load(tmp_path, MINIMAL)
+    assert config.output == "out"
+    assert config.data.root == "pictures"
+    assert config.data.split == "train"
+    assert config.loop == LoopConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "close", "place"),
+    [
+        (MINIMAL + "lop: {}", "'lop'", "'loop'", ""),
+        (MINIMAL + "loop: {learning_rat: 1}", "'learning_rat'", "'learning_rate'", "loop.learning_rat"),
+        (MINIMAL + "augment: {flp: 1}", "'flp'", "'flip'", "augment.flp"),
+        ("output: out\ndata: {root: x, splt: val}", "'splt'", "'split'", "data.splt"),
+        (MINIMAL + "3: 4", "3", "Known:", ""),
+    ],
+)
+def test_unknown_keys_name_the_closest_match_and_their_place(tmp_path, text, wrong, close, place):
+    with pytest.raises(TokenloomError) as error:
+        load(tmp_path, text)
+    for part in ("Unknown configuration key", wrong, close, place):
+        assert part in str(error.value)
+
+
+def test_missing_keys_are_named(tmp_path):
+    with pytest.raises(TokenloomError, match="The config lacks the required keys: output, data"):
+        load(tmp_path, "loop: {steps: 3}")
+    with pytest.raises(TokenloomError, match="data lacks the required keys: root"):
+        load(tmp_path, "output: out\ndata: {}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loop: {steps: many}", r"loop\.steps must be of type int, got 'many'"),
+        ("loop: {steps: 2.5}", r"loop\.steps must be of type int, got 2\.5"),
+        ("loop: {steps: true}", r"loop\.steps must be of type int, got True"),
+        ("loop: {learning_rate: fast}", r"loop\.learning_rate must be of type float, got 'fast'"),
+        ("loop: {learning_rate: false}", r"loop\.learning_rate must be of type float, got False"),
+        ("loop: {betas: 0.9}", r"loop\.betas must be of type list"),
+        ("loop: {betas: [0.9, x]}", r"loop\.betas\[1\] must be of type float, got 'x'"),
+        ("loop: {compile: 1}", r"loop\.compile must be of type bool"),
+        ("loop: [1]", r"loop must be a mapping of keys to values, got \[1\]"),
+        ("model: [1]", r"model must be of type dict"),
+        ("init_from: 3", r"init_from must be of type str, got 3"),
+        ("loop: {schedule: cosin}", "'cosine'"),
+        ("loop: {precision: fp8}", "loop.precision 'fp8'"),
+    ],
+)
+def test_wrong_types_and_names_are_explained(tmp_path, text, message):
+    with pytest.raises(TokenloomError, match=message):
+        load(tmp_path, MINIMAL + text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    """steps: 0 / batch_size: -1 / keep: 0 / log_every: 0 / checkpoint_every: 0 / sample_every: 0 / accumulate: 0
+    learning_rate: -1 / learning_rate: .nan / learning_rate: .inf / warmup: -1 / clip: -1 / ema: 1.5 / cooldown: 2
+    seed: -1 / seed: 4294967296 / betas: [0.9] / betas: [2, 0]""".replace("\n", "/").split("/"),
+)
+def test_numbers_out_of_range_are_explained(tmp_path, text):
+    key = text.partition(":")[0].strip()
+    with pytest.raises(TokenloomError, match=rf"loop\.{key}.* must be"):
+        load(tmp_path, MINIMAL + f"loop: {{{text}}}")
+
+
+def test_text_and_views_out_of_range_are_explained():
+    with pytest.raises(TokenloomError, match=r"text\.drop must be between 0 and 1, got 1\.5"):
+        from_dict(TextConfig, {"drop": 1.5}, "text")
+    with pytest.raises(TokenloomError, match=r"text\.max_length must be"):
+        from_dict(TextConfig, {"max_length": 0}, "text")
+    with pytest.raises(TokenloomError, match="views must be"):
+        from_dict(GeneratorConfig, {"output": "o", "tokenizer": "t", "data": {"root": "r"}, "views": 0})
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    config = load(tmp_path, MINIMAL + "loop: {learning_rate: 1e-3, weight_decay: 2, betas: [9e-1, 0.95]}")
+    assert config.loop.learning_rate == 1e-3
+    assert config.loop.weight_decay == 2.0
+    assert config.loop.betas == [0.9, 0.95]
+
+
+def test_null_means_none_where_it_may(tmp_path):
+    config = load(tmp_path, "output: out\ndata: {root: x, split: null, groups: [a, b]}\ninit_from: null")
+    assert config.data.split is None
+    assert config.data.groups == ["a", "b"]
+    assert config.init_from is None
+    with pytest.raises(TokenloomError, match="output must be of type str, got None"):
+        load(tmp_path, "output: null\ndata: {root: x}")
+
+
+def test_overrides(tmp_path):
+    changes = ["loop.steps=7", "data.styles=[flat]", "loss.l1=1e-2", "output=x=y", "model.width=32"]
+    config = load(tmp_path, MINIMAL, changes)
+    assert config.loop.steps == 7
+    assert config.data.styles == ["flat"]
+    assert config.loss.l1 == 0.01
+    assert config.output == "x=y"
+    assert config.model == {"width": 32}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loop.steps", "must look like key.key=value"),
+        ("loop.stepz=3", "'steps'"),
+        ("output.deep=3", "not a mapping"),
+        ("output.deep.deeper=3", "not a mapping"),
+        ("loop.steps=[1", "not valid YAML"),
+        ("loop.steps=x", r"loop\.steps must be of type int"),
+    ],
+)
+def test_bad_overrides_are_explained(tmp_path, override, message):
+    with pytest.raises(TokenloomError, match=message):
+        load(tmp_path, MINIMAL, [override])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b", "just text", "null"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(TokenloomError, match="must be a mapping"):
+        load(tmp_path, text)
+    with pytest.raises(TokenloomError, match="not a mapping"):
+        load(tmp_path, text, ["output=x"])
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(TokenloomError, match="not valid YAML"):
+        load(tmp_path, "output: [1\ndata: }")
+    with pytest.raises(TokenloomError, match=r"Cannot read the config .*missing\.yaml"):
+        load_config(TokenizerConfig, tmp_path / "missing.yaml")
+    with pytest.raises(TokenloomError, match="Cannot read the config"):
+        load_config(TokenizerConfig, tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81\xd8")
+    with pytest.raises(TokenloomError, match="not valid YAML"):
+        load_config(TokenizerConfig, tmp_path / "binary.yaml")
+
+
+def test_there_are_recipes():
+    kinds = {"tokenizer" in yaml.safe_load(path.read_text(encoding="utf-8")) for path in RECIPES}
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_builds_its_model(path):
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "tokenizer" not in values:
+        tokenizer = ImageVQTokenizer(**load_config(TokenizerConfig, path).model)
+        assert tokenizer.image_size == values["model"]["image_size"]
+        assert sum(p.numel() for p in tokenizer.parameters()) < 12e6
+        return
+    config = load_config(GeneratorConfig, path)
+    recipe = next(item for item in RECIPES if f"/{item.stem}/" in f"/{config.tokenizer}/")
+    tokenizer = ImageVQTokenizer(**load_config(TokenizerConfig, recipe).model)
+    options = dict(config.model)
+    name = options.pop("order", _DEFAULT_ORDERS[config.generator])
+    order = orders.build(name, tokenizer.layout, **options.pop("order_options", {}))
+    kind = GENERATORS[config.generator]
+    assert set(options) - {"transformer"} <= inspect.signature(kind).parameters.keys()
+    words = {"kind": "words", "vocabulary": 100, "length": config.text.max_length}
+    transformer = options.pop("transformer")
+    generator = kind(order.to_config(), tokenizer.vocab_size, transformer, words, **options)
+    assert generator.order.layout == tokenizer.layout
+    assert sum(p.numel() for p in generator.parameters()) < 12e6
