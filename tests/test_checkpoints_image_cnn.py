@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenloom import Layout, TokenloomError
 from tokenloom.checkpoints import from_official, to_official
+from tokenloom.tokenizers.cnn import CNNConfig, CNNDecoder, CNNEncoder
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 FAMILIES = {"llamagen_vq": "llamagen_vq16", "maskgit_vqgan": "maskgit_vqgan"}
@@ -113,3 +114,15 @@ def test_weights_that_do_not_fit_are_all_named(family):
         from_official(family, {key: value for key, value in state.items() if key not in gone}, config)
     with pytest.raises(TokenloomError, match="conv_out"):
         from_official(family, state | {"decoder.conv_out.weight": torch.zeros(3, 5, 3, 3)}, config)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "encoder", "total"), [((1, 1, 2, 2, 4), 29.3, 71.9), ((1, 2, 2, 4), 28.6, 70.1)]
+)
+def test_published_sizes_have_the_published_number_of_weights(multipliers, encoder, total):
+    with torch.device("meta"):
+        shape = CNNConfig(128, multipliers, 2, 256, 32)
+        parts = [CNNEncoder(shape), CNNDecoder(shape), nn.Conv2d(256, 8, 1), nn.Conv2d(8, 256, 1)]
+    counts = [sum(value.numel() for value in part.parameters()) / 1e6 for part in parts]
+    assert round(counts[0], 1) == encoder
+    assert round(sum(counts) + 16384 * 8 / 1e6, 1) == total
