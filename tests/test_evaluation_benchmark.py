@@ -225,3 +225,30 @@ def test_every_public_name_of_the_package_exists() -> None:
         assert getattr(evaluation, name) is not None
     with pytest.raises(AttributeError, match="nothing_like_it"):
         evaluation.nothing_like_it  # noqa: B018
+
+
+def test_raster_twin_has_the_same_size_and_is_timed_against_the_model() -> None:
+    from tiny_models import tiny_pipeline
+
+    from tokenloom.evaluation.baseline import raster_reference, raster_twin
+    from tokenloom.evaluation.prompt_following import pipeline_caller
+
+    pipeline = tiny_pipeline()
+    twin = raster_twin(pipeline)
+    steps = pipeline.tokenizer.layout.size
+    assert twin.generator.order.num_steps == steps > pipeline.generator.order.num_steps
+    sizes = [
+        sum(p.numel() for p in part.transformer.parameters()) for part in (twin.generator, pipeline.generator)
+    ]
+    assert sizes[0] == sizes[1]
+    prompts, seeds = ["red apple", "lion"], [1, 2]
+    ours, other = pipeline_caller(pipeline), raster_reference(pipeline)
+    assert other(prompts, seeds).shape == ours(prompts, seeds).shape == (2, 3, 16, 16)
+    result = compare_speed(
+        lambda: ours(prompts, seeds), lambda: other(prompts, seeds), 2, rounds=2, warmups=1
+    )
+    assert (
+        result.ratio.median > 1
+    )  # one token a step without a cache is slower than a diagonal a step with one
+    with pytest.raises(TokenloomError, match="generator of codes"):
+        raster_twin(_Pipeline())

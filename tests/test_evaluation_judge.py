@@ -11,7 +11,8 @@ import torch
 from tokenloom.data.captions import Caption
 from tokenloom.errors import TokenloomError
 from tokenloom.evaluation.judge import Judge, judge_accuracy, train_judge
-from tokenloom.evaluation.judge_training import JudgeTraining, augment
+from tokenloom.evaluation.judge_augment import concept_view, style_view
+from tokenloom.evaluation.judge_training import JudgeTraining
 from tokenloom.evaluation.nearest import count_near_copies, nearest_training_images, neighbour_figure
 from tokenloom.evaluation.pictures import EvaluationSet, as_uint8, prompt_of, to_pil
 from tokenloom.evaluation.prompt_following import follow_prompts, following_table, measure_diversity
@@ -19,7 +20,7 @@ from tokenloom.evaluation.report import EvaluationConfig, evaluate
 from tokenloom.evaluation.retrieval import Question, hits, questions, score
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220), "yellow": (230, 220, 20)}
-STYLES = ("bars", "disc", "solid")
+STYLES = ("bars", "dots", "solid")
 
 
 def _picture(colour: tuple[int, int, int], style: str) -> torch.Tensor:
@@ -27,7 +28,7 @@ def _picture(colour: tuple[int, int, int], style: str) -> torch.Tensor:
     rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     inside = {
         "bars": (rows // 8) % 2 == 0,
-        "disc": (rows - 32) ** 2 + (columns - 32) ** 2 < 500,
+        "dots": (rows // 4 + columns // 4) % 2 == 0,
         "solid": (rows > 6) & (rows < 58) & (columns > 6) & (columns < 58),
     }[style]
     for channel, value in enumerate(colour):
@@ -35,7 +36,7 @@ def _picture(colour: tuple[int, int, int], style: str) -> torch.Tensor:
     return picture
 
 
-def _toy(held_out: tuple[str, str] = ("red", "disc")) -> EvaluationSet:
+def _toy(held_out: tuple[str, str] = ("red", "dots")) -> EvaluationSet:
     """Twelve pictures, four colours in three styles, one pair held out; and an unseen concept."""
     pictures, captions = [], []
     for colour, rgb in COLOURS.items():
@@ -94,7 +95,7 @@ def test_set_loads_from_a_folder(tmp_path: Path) -> None:
 def test_questions_follow_the_written_rule() -> None:
     toy = _toy()
     (asked,) = questions(toy, "seen", candidates=3)
-    assert (asked.name, asked.style, asked.prompt) == ("red thing", "disc", "a disc picture of red thing")
+    assert (asked.name, asked.style, asked.prompt) == ("red thing", "dots", "a dots picture of red thing")
     assert asked.filled == 2  # the pool has one name, so both rivals are training concepts
     assert set(asked.rivals) < {"green thing", "blue thing", "yellow thing"}
     assert questions(toy, "seen", candidates=3) == [asked]
@@ -158,15 +159,31 @@ def test_training_repeats_with_the_seed(tmp_path: Path) -> None:
     assert not torch.equal(weights[0], other.network.picture_head.weight)
 
 
+def test_training_continues_from_a_judge_of_the_same_set(judge: Judge, tmp_path: Path) -> None:
+    folder = _write(_toy(), tmp_path)
+    training = JudgeTraining(batch_size=4, learning_rate=1e-6)
+    longer = train_judge(folder, tmp_path / "on", 1, training=training, image_size=32, start=judge)
+    assert longer.card["steps"] == judge.card["steps"] + 1
+    weights = [j.network.picture_head.weight for j in (judge, longer)]
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
+    smaller = _write(_toy().where(lambda caption: caption.style != "bars"), tmp_path)
+    with pytest.raises(TokenloomError, match="from the beginning"):
+        train_judge(smaller, tmp_path / "on", 1, start=judge)
+
+
 def test_augmentation_repeats_and_keeps_what_is_seen() -> None:
     pixels = torch.stack([_picture(COLOURS["red"], "solid")] * 4)
     mirrored = torch.ones(4, dtype=torch.bool)
-    first, again = (augment(pixels, mirrored, torch.Generator().manual_seed(2)) for _ in range(2))
+    first, again = (concept_view(pixels, mirrored, torch.Generator().manual_seed(2)) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first[0], first[1])
     centre = first[:, :, 24:40, 24:40].mean((2, 3))
     assert (centre[:, 0] > centre[:, 1] + 0.5).all()  # still red
     assert (first[:, :, 0].mean((1, 2)) > 0.4).all()  # still on white
+    assert concept_view(pixels, mirrored, torch.Generator(), 0.6875).shape == (4, 3, 44, 44)
+    part = style_view(pixels, torch.Generator().manual_seed(2))
+    assert part.shape == (4, 3, 40, 40)
+    assert part.abs().max() < 1.1
 
 
 @pytest.mark.parametrize("content", [b"", b"not a judge", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])

@@ -29,6 +29,7 @@ _HOMES = {
     "nearest_training_images": "nearest",
     "count_near_copies": "nearest",
     "compare_speed": "benchmark",
+    "raster_reference": "baseline",
     "measure_command": "startup",
     "measure_startup": "startup",
     "evaluate": "report",

@@ -153,6 +153,7 @@ def train_judge(
     training: JudgeTraining | None = None,
     groups: Sequence[str] | None = None,
     image_size: int = 64,
+    start: Judge | str | Path | None = None,
     log: Log | None = None,
 ) -> Judge:
     """Trains a judge on the real training pictures of a captioned folder and writes it.
@@ -167,6 +168,7 @@ def train_judge(
         training: Rates, seed and limits.
         groups: Train on these groups only; None for all.
         image_size: Rows and columns the judge looks at.
+        start: Continue with the weights of this judge, which must know the same words and styles.
         log: Called with progress lines, for example `print`.
 
     Returns:
@@ -179,14 +181,14 @@ def train_judge(
     config = judge_config(pictures)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        network = JudgeNetwork(config)
+        network, before = _first_network(config, start)
         parameters = sum(p.numel() for p in network.parameters())
         if log is not None:
             sizes = f"{len(config.words)} words, {len(config.styles)} styles, {parameters} parameters"
             log(f"{len(pictures)} pictures, {sizes}")
         fit(network, pictures, training, log)
     card = {
-        "steps": training.steps,
+        "steps": before + training.steps,
         "seed": training.seed,
         "pictures": len(pictures),
         "parameters": parameters,
@@ -194,3 +196,19 @@ def train_judge(
     judge = Judge(network, card)
     judge.save(out)
     return judge
+
+
+def _first_network(config: JudgeConfig, start: Judge | str | Path | None) -> tuple[JudgeNetwork, int]:
+    """A fresh network, or a copy of another judge's, and the steps it was trained for."""
+    network = JudgeNetwork(config)
+    if start is None:
+        return network, 0
+    other = start if isinstance(start, Judge) else Judge.load(start)
+    if other.network.config != config:
+        known = other.network.config
+        raise TokenloomError(
+            f"Expected a judge for {len(config.words)} words and {len(config.styles)} styles, got one for "
+            f"{len(known.words)} and {len(known.styles)}, or of another size. Train from the beginning."
+        )
+    network.load_state_dict(other.network.state_dict())
+    return network, int(other.card.get("steps", 0))

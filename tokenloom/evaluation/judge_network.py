@@ -97,8 +97,39 @@ class ResidualBlock(nn.Module):
         return F.relu(self.second_norm(self.second(hidden)) + self.shortcut(x))
 
 
+class StyleNetwork(nn.Module):
+    """Classifies the style from small neighbourhoods: statistics of features that see at most 17 x 17 pixels.
+
+    It has its own few layers, because the picture encoder learns to ignore the style, and a classifier that
+    sees the whole picture learns by heart which styles a concept was trained in.
+    """
+
+    def __init__(self, styles: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 48, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(48),
+            nn.ReLU(),
+            nn.Conv2d(48, 48, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(48),
+            nn.ReLU(),
+        )
+        self.head = nn.Sequential(nn.Linear(144, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, styles))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits (B, S) of pictures (B, 3, H, W) in [-1, 1], of any size."""
+        hidden = self.body(pictures.contiguous(memory_format=torch.channels_last)).flatten(2)
+        return self.head(torch.cat([hidden.mean(2), hidden.std(2), hidden.amax(2)], dim=1))
+
+
 class JudgeNetwork(nn.Module):
-    """Picture encoder, text encoder and style head."""
+    """Picture encoder, text encoder and style classifier."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
@@ -113,8 +144,8 @@ class JudgeNetwork(nn.Module):
         for inputs, outputs in pairwise(widths):
             layers += [ResidualBlock(inputs, outputs, 2), ResidualBlock(outputs, outputs, 1)]
         self.body = nn.Sequential(*layers)
-        self.picture_head = nn.Linear(4 * widths[-1], config.dim)
-        self.style_head = nn.Linear(4 * widths[-1], len(config.styles))
+        self.picture_head = nn.Linear(2 * widths[-1], config.dim)
+        self.style = StyleNetwork(len(config.styles))
         self.word_vectors = nn.EmbeddingBag(len(config.words) + 1, config.dim, mode="mean")
         self.scale = nn.Parameter(torch.tensor(2.7))
         nn.init.normal_(self.word_vectors.weight, std=1.0)
@@ -122,16 +153,17 @@ class JudgeNetwork(nn.Module):
 
     def forward(self, pictures: Tensor) -> Judgement:
         """Looks at pictures: float (B, 3, H, W) in [-1, 1]."""
-        hidden = self.body(pictures.contiguous(memory_format=torch.channels_last))
-        hidden = F.adaptive_avg_pool2d(hidden, 2).flatten(
-            1
-        )  # (B, 4 F): a coarse 2 x 2 map keeps left from right
-        return Judgement(
-            F.normalize(self.picture_head(hidden), dim=1), self.style_head(hidden), F.normalize(hidden, dim=1)
-        )
+        hidden = self.features(pictures)
+        embedding = F.normalize(self.picture_head(hidden), dim=1)
+        return Judgement(embedding, self.style(pictures), F.normalize(hidden, dim=1))
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """What is seen before any head: (B, 3, H, W) to means and maxima (B, F) over the last map."""
+        hidden = self.body(pictures.contiguous(memory_format=torch.channels_last)).flatten(2)
+        return torch.cat([hidden.mean(2), hidden.amax(2)], dim=1)
 
     def texts(self, names: Sequence[str]) -> Tensor:
-        """Embeds names: L strings to unit vectors float (L, C). Word order and unknown words do not count."""
+        """Unit vectors (L, C) of L names; word order and unknown words do not count."""
         ids, offsets = self.tokenize(names)
         return F.normalize(self.word_vectors(ids, offsets), dim=1)
 

@@ -1,5 +1,4 @@
-"""Trains the judge on real pictures: a contrastive loss between pictures and names, a style loss, moderate
-augmentation.
+"""Trains the judge on real pictures: a contrastive loss between pictures and names, a style loss, and tags.
 
 No generator or tokenizer is involved, so the judge is independent of what it judges. The whole set is kept as
 one uint8 tensor and batches are cut from it, which lets a small network train on one CPU thread.
@@ -16,13 +15,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
+from tokenloom.evaluation.judge_augment import concept_view, style_view
 from tokenloom.evaluation.judge_network import JudgeConfig, JudgeNetwork
 from tokenloom.evaluation.pictures import EvaluationSet, label_of, words_of
 
 Log = Callable[[str], None]
+_SMALL, _SMALL_UNTIL = 0.6875, 0.4  # the first part of the training sees smaller pictures, at half the cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +36,18 @@ class JudgeTraining:
         batch_size: Pictures a batch.
         learning_rate: Peak of a one-cycle schedule, for AdamW.
         weight_decay: Decoupled weight decay of all matrices.
-        style_weight: Weight of the style loss beside the contrastive loss.
+        tag_weight: Weight of naming the tags of pictures, beside the contrastive loss of names.
         word_dropout: Chance that a word of a longer name is left out in a step, so that every word learns its
             own meaning.
         seed: Fixes the initial weights, the order of the pictures and the augmentation.
         max_seconds: Wall-clock limit; None for none.
     """
 
-    steps: int = 4000
+    steps: int = 3000
     batch_size: int = 64
     learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    style_weight: float = 0.3
+    weight_decay: float = 0.1
+    tag_weight: float = 0.3
     word_dropout: float = 0.15
     seed: int = 0
     max_seconds: float | None = None
@@ -91,7 +92,8 @@ def fit(
         [not {"left", "right"} & set(words_of(label_of(caption))) for caption in pictures.captions]
     )
     random = torch.Generator().manual_seed(training.seed)
-    optimizer = _optimizer(network, training)
+    tags = _TagHead(2 * network.config.widths[-1], pictures)
+    optimizer = _optimizer([*network.parameters(), *tags.parameters()], training)
     average = {key: value.detach().clone() for key, value in network.state_dict().items()}
     batches = _batches(len(pictures), training.batch_size, random)
     started, progress, step = time.perf_counter(), 0.0, 0
@@ -100,8 +102,14 @@ def fit(
     while step < training.steps and progress < 1.0:
         _set_rate(optimizer, training.learning_rate, progress)
         chosen = next(batches)
-        images = augment(pictures.pixels[chosen], flippable[chosen], random)
-        loss = _loss(network, images, target[chosen], style[chosen], names, training, random)
+        pixels = pictures.pixels[chosen]
+        scale = _SMALL if progress < _SMALL_UNTIL else 1.0
+        features = network.features(concept_view(pixels, flippable[chosen], random, scale))
+        loss = _concept_loss(network, features, target[chosen], names, training.word_dropout, random)
+        loss = loss + training.tag_weight * tags.loss(features, chosen)
+        if bool((style[chosen] >= 0).any()):
+            logits = network.style(style_view(pixels, random))
+            loss = loss + F.cross_entropy(logits, style[chosen], ignore_index=-1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -121,33 +129,54 @@ def fit(
     network.eval()
 
 
-def _loss(
+class _TagHead(nn.Module):
+    """Names the tags of a picture from the encoder's features. It teaches what concepts have in common and is
+    not kept.
+    """
+
+    def __init__(self, features: int, pictures: EvaluationSet) -> None:
+        super().__init__()
+        tags = sorted(
+            {word for caption in pictures.captions for tag in caption.tags for word in words_of(tag)}
+        )
+        place = {word: index for index, word in enumerate(tags)}
+        self.targets = torch.zeros(len(pictures), len(tags))
+        for index, caption in enumerate(pictures.captions):
+            for word in {word for tag in caption.tags for word in words_of(tag)}:
+                self.targets[index, place[word]] = 1.0
+        self.targets /= self.targets.sum(1, keepdim=True).clamp(min=1)
+        self.linear = nn.Linear(features, len(tags)) if tags else None
+
+    def loss(self, features: Tensor, chosen: Tensor) -> Tensor:
+        """Cross-entropy with the tags of the chosen pictures as equal positives; 0 where there are none."""
+        if self.linear is None:
+            return features.new_zeros(())
+        return F.cross_entropy(self.linear(F.dropout(features, 0.1)), self.targets[chosen])
+
+
+def _concept_loss(
     network: JudgeNetwork,
-    images: Tensor,
+    features: Tensor,
     target: Tensor,
-    style: Tensor,
     names: list[str],
-    training: JudgeTraining,
+    word_dropout: float,
     random: torch.Generator,
 ) -> Tensor:
-    """Contrastive in both directions, plus the style.
+    """Contrastive in both directions.
 
     A picture is compared with every training name (a superset of the names in the batch). A name is compared
     with the pictures of the batch; all pictures of its concept are positives and share the target evenly.
     """
-    seen = network(images)
+    embedding = F.normalize(network.picture_head(F.dropout(features, 0.1)), dim=1)
     ids, offsets = network.tokenize(names)
-    ids = _drop_words(ids, offsets, len(network.config.words), training.word_dropout, random)
+    ids = _drop_words(ids, offsets, len(network.config.words), word_dropout, random)
     texts = F.normalize(network.word_vectors(ids, offsets), dim=1)
-    logits = network.scale.exp() * seen.embedding @ texts.T  # (B, L)
+    logits = network.scale.exp() * embedding @ texts.T  # (B, L)
     to_name = F.cross_entropy(logits, target, label_smoothing=0.05)
     present = target.unique()
     positive = (present[:, None] == target[None, :]).float()  # (names in the batch, B)
     to_picture = F.cross_entropy(logits[:, present].T, positive / positive.sum(1, keepdim=True))
-    loss = to_name + 0.5 * to_picture
-    if bool((style >= 0).any()):
-        loss = loss + training.style_weight * F.cross_entropy(seen.style_logits, style, ignore_index=-1)
-    return loss
+    return to_name + 0.5 * to_picture
 
 
 def _drop_words(ids: Tensor, offsets: Tensor, unknown: int, chance: float, random: torch.Generator) -> Tensor:
@@ -155,46 +184,6 @@ def _drop_words(ids: Tensor, offsets: Tensor, unknown: int, chance: float, rando
     lengths = torch.diff(offsets, append=torch.tensor([len(ids)]))
     longer = torch.repeat_interleave(lengths > 1, lengths)
     return torch.where((torch.rand(len(ids), generator=random) < chance) & longer, unknown, ids)
-
-
-def augment(pixels: Tensor, flippable: Tensor, random: torch.Generator) -> Tensor:
-    """Moderate changes that keep what a picture shows: size, place, mirror, brightness, contrast, blur,
-    noise.
-
-    Args:
-        pixels: uint8 (B, 3, H, W).
-        flippable: bool (B,); pictures that may be mirrored (with a chance of one half).
-        random: The source of all draws.
-
-    Returns:
-        float32 (B, 3, H, W), about [-1, 1].
-    """
-    batch = len(pixels)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(batch, generator=random)
-
-    images = pixels.float().div_(127.5).sub_(1)
-    mirror = torch.where(flippable & (uniform(0, 1) < 0.5), -1.0, 1.0)
-    zoom_x, zoom_y, turn = uniform(0.9, 1.2), uniform(0.9, 1.2), uniform(-0.12, 0.12)
-    matrix = torch.zeros(batch, 2, 3)
-    matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 0, 2] = (
-        zoom_x * turn.cos() * mirror,
-        -zoom_y * turn.sin(),
-        uniform(-0.1, 0.1),
-    )
-    matrix[:, 1, 0], matrix[:, 1, 1], matrix[:, 1, 2] = (
-        zoom_x * turn.sin() * mirror,
-        zoom_y * turn.cos(),
-        uniform(-0.1, 0.1),
-    )
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    images = torch.lerp(images, blurred, uniform(-0.2, 1.0).clamp(min=0)[:, None, None, None])
-    contrast, brightness = uniform(0.8, 1.2)[:, None, None, None], uniform(-0.1, 0.1)[:, None, None, None]
-    tint = 0.06 * torch.randn(batch, 3, 1, 1, generator=random)
-    return (images - 1) * contrast + 1 + brightness + tint  # white stays near white
 
 
 def _batches(count: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:
@@ -208,9 +197,9 @@ def _batches(count: int, batch_size: int, random: torch.Generator) -> Iterator[T
             yield order[start : start + batch_size]
 
 
-def _optimizer(network: JudgeNetwork, training: JudgeTraining) -> torch.optim.Optimizer:
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    plain = [p for p in network.parameters() if p.ndim <= 1]
+def _optimizer(parameters: list[nn.Parameter], training: JudgeTraining) -> torch.optim.Optimizer:
+    decayed = [p for p in parameters if p.ndim > 1]
+    plain = [p for p in parameters if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": training.weight_decay},
         {"params": plain, "weight_decay": 0.0},

@@ -220,7 +220,7 @@ def _copies(run: Run) -> None:
 
 
 def _speed(run: Run) -> None:
-    """The model against its own reference decoding, and against a baseline if there is one."""
+    """The model against its own reference decoding, and against a baseline: by default its raster twin."""
     asked = questions(run.pictures, "seen", run.config.groups, 2, run.config.seed)
     texts = [question.prompt for question in asked]
     rivals: list[tuple[str, prompt_following.Generate]] = [
@@ -231,6 +231,12 @@ def _speed(run: Run) -> None:
     ]
     if run.baseline is not None:
         rivals.append(("baseline", run.baseline))
+    elif hasattr(getattr(run.pipeline, "generator", None), "order"):
+        from tokenloom.evaluation.baseline import raster_reference
+
+        rivals.append(
+            ("same size, raster order, reference decoding", raster_reference(run.pipeline, **run.options))
+        )
     results = []
     for batch_size in sorted({1, run.config.batch_size}):
         prompts = [texts[index % len(texts)] for index in range(batch_size)]

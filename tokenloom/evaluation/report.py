@@ -48,8 +48,8 @@ def evaluate(
         out: Folder for `report.json`, `report.md` and `nearest.png`.
         judge: A `Judge` or the place of one (see `train_judge`); needed for "following" and "diversity".
         config: What is measured; by default all parts on all groups.
-        baseline: A second generator that the speed is compared with, beside the model's own reference
-            decoding.
+        baseline: What the speed is compared with, beside the model's own reference decoding; by default the
+            same model size in raster order (`tokenloom.evaluation.baseline`).
         options: Passed to every call of the pipeline (guidance_scale, temperature, ...).
         log: Called with a line when a part begins.
 
