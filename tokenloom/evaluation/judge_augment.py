@@ -77,7 +77,7 @@ def _move(images: Tensor, flippable: Tensor, random: torch.Generator, scale: flo
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-_MOVES = ((0.0, 1.0), (0.9, 1.2), (0.9, 1.2), (-0.15, 0.15), (-0.1, 0.1), (-0.1, 0.1))
+_MOVES = ((0.0, 1.0), (0.85, 1.25), (0.85, 1.25), (-0.2, 0.2), (-0.12, 0.12), (-0.12, 0.12))
 
 
 def _soften(images: Tensor, low: float, high: float, random: torch.Generator) -> Tensor:
@@ -90,15 +90,15 @@ def _recolour(images: Tensor, random: torch.Generator) -> Tensor:
     """Contrast, brightness, saturation and tint; white stays near white."""
     batch = len(images)
     grey = images.mean(1, keepdim=True)
-    images = torch.lerp(grey, images, _uniform(batch, 0.6, 1.3, random))
-    images = (images - 1) * _uniform(batch, 0.8, 1.2, random) + 1 + _uniform(batch, -0.1, 0.1, random)
+    images = torch.lerp(grey, images, _uniform(batch, 0.4, 1.4, random))
+    images = (images - 1) * _uniform(batch, 0.7, 1.3, random) + 1 + _uniform(batch, -0.1, 0.1, random)
     return images + 0.06 * torch.randn(batch, 3, 1, 1, generator=random)
 
 
 def _cover(images: Tensor, random: torch.Generator) -> Tensor:
-    """Covers a square of a quarter of the side with white in a quarter of the pictures."""
+    """Covers a square of a quarter of the side with white in half of the pictures."""
     batch, _, height, width = images.shape
     top, left = _uniform(batch, 0, 0.75, random) * height, _uniform(batch, 0, 0.75, random) * width
     rows, columns = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
     inside = (rows >= top) & (rows < top + height / 4) & (columns >= left) & (columns < left + width / 4)
-    return images.masked_fill(inside & (_uniform(batch, 0, 1, random) < 0.25), 1.0)
+    return images.masked_fill(inside & (_uniform(batch, 0, 1, random) < 0.5), 1.0)

@@ -23,7 +23,7 @@ from tokenloom.evaluation.judge_network import JudgeConfig, JudgeNetwork
 from tokenloom.evaluation.pictures import EvaluationSet, label_of, words_of
 
 Log = Callable[[str], None]
-_SMALL, _SMALL_UNTIL = 0.6875, 0.4  # the first part of the training sees smaller pictures, at half the cost
+_SMALL, _SMALL_UNTIL = 0.6875, 0.6  # the first part of the training sees smaller pictures, at half the cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class JudgeTraining:
     steps: int = 3000
     batch_size: int = 64
     learning_rate: float = 2e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     tag_weight: float = 0.3
     word_dropout: float = 0.15
     seed: int = 0
@@ -151,7 +151,7 @@ class _TagHead(nn.Module):
         """Cross-entropy with the tags of the chosen pictures as equal positives; 0 where there are none."""
         if self.linear is None:
             return features.new_zeros(())
-        return F.cross_entropy(self.linear(F.dropout(features, 0.1)), self.targets[chosen])
+        return F.cross_entropy(self.linear(F.dropout(features, 0.2)), self.targets[chosen])
 
 
 def _concept_loss(
@@ -167,7 +167,7 @@ def _concept_loss(
     A picture is compared with every training name (a superset of the names in the batch). A name is compared
     with the pictures of the batch; all pictures of its concept are positives and share the target evenly.
     """
-    embedding = F.normalize(network.picture_head(F.dropout(features, 0.1)), dim=1)
+    embedding = F.normalize(network.picture_head(F.dropout(features, 0.2)), dim=1)
     ids, offsets = network.tokenize(names)
     ids = _drop_words(ids, offsets, len(network.config.words), word_dropout, random)
     texts = F.normalize(network.word_vectors(ids, offsets), dim=1)
