@@ -5,19 +5,9 @@ Importing this package loads nothing; every name below is imported from its modu
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "Caption": "tokenloom.data.captions",
-    "ImageCaptionFolder": "tokenloom.data.dataset",
-    "assign_splits": "tokenloom.data.splits",
-    "build_emoji": "tokenloom.data.emoji",
-    "caption": "tokenloom.data.prompts",
-    "plain_caption": "tokenloom.data.prompts",
-    "read_captions": "tokenloom.data.captions",
-    "write_captions": "tokenloom.data.captions",
-}
+from tokenloom.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from tokenloom.data.captions import Caption as Caption
@@ -29,14 +19,16 @@ if TYPE_CHECKING:
     from tokenloom.data.prompts import plain_caption as plain_caption
     from tokenloom.data.splits import assign_splits as assign_splits
 
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Caption": "captions",
+        "ImageCaptionFolder": "dataset",
+        "assign_splits": "splits",
+        "build_emoji": "emoji",
+        "caption": "prompts",
+        "plain_caption": "prompts",
+        "read_captions": "captions",
+        "write_captions": "captions",
+    },
+)

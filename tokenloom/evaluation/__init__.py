@@ -8,39 +8,32 @@ and seeds to pictures); it never looks inside a generator. Nothing is imported u
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from tokenloom.lazy import lazy_exports
 
-_HOMES = {
-    "psnr": "metrics",
-    "ssim": "metrics",
-    "mean_pairwise_distance": "metrics",
-    "EvaluationSet": "pictures",
-    "evaluate_codec": "codecs",
-    "codec_names": "codecs",
-    "evaluate_tokenizer": "reconstruction",
-    "reconstruction_table": "reconstruction",
-    "Judge": "judge",
-    "train_judge": "judge",
-    "judge_accuracy": "judge",
-    "follow_prompts": "prompt_following",
-    "measure_diversity": "prompt_following",
-    "pipeline_caller": "prompt_following",
-    "nearest_training_images": "nearest",
-    "count_near_copies": "nearest",
-    "compare_speed": "benchmark",
-    "raster_reference": "baseline",
-    "measure_command": "startup",
-    "measure_startup": "startup",
-    "evaluate": "report",
-    "EvaluationConfig": "report",
-}
-
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    """Imports the module that defines `name` on first use."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "EvaluationConfig": "report",
+        "EvaluationSet": "pictures",
+        "Judge": "judge",
+        "codec_names": "codecs",
+        "compare_speed": "benchmark",
+        "count_near_copies": "nearest",
+        "evaluate": "report",
+        "evaluate_codec": "codecs",
+        "evaluate_tokenizer": "reconstruction",
+        "follow_prompts": "prompt_following",
+        "judge_accuracy": "judge",
+        "mean_pairwise_distance": "metrics",
+        "measure_command": "startup",
+        "measure_diversity": "prompt_following",
+        "measure_startup": "startup",
+        "nearest_training_images": "nearest",
+        "pipeline_caller": "prompt_following",
+        "psnr": "metrics",
+        "raster_reference": "baseline",
+        "reconstruction_table": "reconstruction",
+        "ssim": "metrics",
+        "train_judge": "judge",
+    },
+)

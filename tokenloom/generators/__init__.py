@@ -5,35 +5,24 @@ Knows layouts; knows nothing of pixels, waveforms or how codes are made. Names a
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from tokenloom.lazy import lazy_exports
 
-_EXPORTS = {
-    "CaptionFeatures": "conditions",
-    "Generator": "base",
-    "NextBlockGenerator": "next_block",
-    "NextNeighborGenerator": "next_neighbor",
-    "NextScaleGenerator": "next_scale",
-    "NextTokenGenerator": "next_token",
-    "Step": "base",
-    "Transformer": "transformer",
-    "TransformerConfig": "transformer",
-    "Order": "orders",
-    "Guidance": "sampling",
-    "Sampling": "sampling",
-    "guide": "sampling",
-    "sample_tokens": "sampling",
-}
-
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    """Imports an exported name on first use."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "CaptionFeatures": "conditions",
+        "Generator": "base",
+        "Guidance": "sampling",
+        "NextBlockGenerator": "next_block",
+        "NextNeighborGenerator": "next_neighbor",
+        "NextScaleGenerator": "next_scale",
+        "NextTokenGenerator": "next_token",
+        "Order": "orders",
+        "Sampling": "sampling",
+        "Step": "base",
+        "Transformer": "transformer",
+        "TransformerConfig": "transformer",
+        "guide": "sampling",
+        "sample_tokens": "sampling",
+    },
+)

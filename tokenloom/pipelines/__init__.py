@@ -5,21 +5,14 @@ Nothing is imported until it is asked for, so that `import tokenloom.pipelines` 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from tokenloom.lazy import lazy_exports
 
-_HOMES = {
-    "TextToImageOutput": "text_to_image",
-    "TextToImagePipeline": "text_to_image",
-    "Reconstruction": "reconstruction",
-    "reconstruct_image": "reconstruction",
-}
-
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    """Imports the module that defines `name` on first use."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Reconstruction": "reconstruction",
+        "TextToImageOutput": "text_to_image",
+        "TextToImagePipeline": "text_to_image",
+        "reconstruct_image": "reconstruction",
+    },
+)
