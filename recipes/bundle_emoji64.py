@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 
 from tokenloom import TextToImagePipeline
 from tokenloom.models import DEFAULT_MODEL
@@ -40,6 +41,8 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="JSON with measured figures for the card")
     options = parser.parse_args()
     pipeline = TextToImagePipeline.from_pretrained(options.model, dtype=torch.bfloat16)
+    recipe = yaml.safe_load((Path(__file__).parent / "emoji64-generator.yaml").read_text())
+    pipeline.register_to_config(sampling=recipe["sampling"])  # the preset may be chosen after training
     figures = json.loads(options.figures.read_text()) if options.figures else {}
     pipeline.card = {**CARD, "figures": figures}
     pipeline.save_pretrained(ASSETS / DEFAULT_MODEL)
