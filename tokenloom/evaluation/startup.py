@@ -76,8 +76,9 @@ def measure_command(
             raise TokenloomError(
                 f"Could not start {arguments[0]!r}: {error.strerror}. Is it installed and on the path?"
             ) from error
-        appeared = None
+        appeared, peak = None, 0
         while True:
+            peak = max(peak, _high_water(process.pid))
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             now = time.perf_counter() - started
             if appeared is None and watched is not None and watched.exists():
@@ -98,9 +99,21 @@ def measure_command(
     if process.returncode != 0 or (watched is not None and appeared is None):
         what = f"exit status {process.returncode}" if process.returncode else f"no file {str(watched)!r}"
         raise TokenloomError(f"{' '.join(arguments)!r} was expected to succeed, got {what}: {tail}")
-    unit = 1 if sys.platform == "darwin" else 1024
+    peak = peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     shown = name or " ".join(arguments)
-    return CommandRun(shown, arguments, now, appeared, usage.ru_maxrss * unit / 1e6, process.returncode)
+    return CommandRun(shown, arguments, now, appeared, peak / 1e6, process.returncode)
+
+
+def _high_water(pid: int) -> int:
+    """Peak resident bytes of a running process since it started its program, 0 where the system does not tell.
+
+    The figure that `wait4` gives starts at the size of the process that forked, here this one with its models.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def measure_startup(
