@@ -172,6 +172,35 @@ def _feeds(row_step: Tensor, steps: int) -> tuple[Tensor, ...]:
     return tuple((row_step == step).nonzero().squeeze(1) for step in range(steps))
 
 
+def _plan(
+    order: Order,
+    row_step: Tensor,
+    *,
+    mask: Tensor,
+    position: Tensor,
+    sources: Tensor,
+    weights: Tensor | None = None,
+    query: Tensor | None = None,
+    committed: tuple[int, ...] | None = None,
+    learned: Tensor | None = None,
+    place: Tensor | None = None,
+) -> RowPlan:
+    """A plan whose rows are fed at `row_step`; by default none is a query, all stay, and every head counts fully."""
+    feeds = _feeds(row_step, order.num_steps)
+    return RowPlan(
+        feeds=feeds,
+        committed=tuple(len(feed) for feed in feeds) if committed is None else committed,
+        mask=mask,
+        position=position,
+        query=torch.zeros(len(row_step), dtype=torch.bool) if query is None else query,
+        sources=sources,
+        weights=torch.ones(sources.shape) if weights is None else weights,
+        order=order,
+        learned=learned,
+        place=place,
+    )
+
+
 @lru_cache(maxsize=64)
 def token_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPlan:
     """Next token: each row predicts the next position; the last prefix row predicts the first.
@@ -187,16 +216,12 @@ def token_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
         )
     step, position = _token_rows(order, prefix)
     step, position = step[:-1], position[:-1]  # the last token predicts nothing
-    feeds = _feeds(step, order.num_steps)
-    return RowPlan(
-        feeds=feeds,
-        committed=tuple(len(feed) for feed in feeds),
+    return _plan(
+        order,
+        step,
         mask=_base_mask(step, prefix, causal_prefix),
         position=position,
-        query=torch.zeros(len(step), dtype=torch.bool),
         sources=(prefix - 1 + torch.arange(size))[None],
-        weights=torch.ones(1, size),
-        order=order,
     )
 
 
@@ -228,16 +253,13 @@ def neighbor_plan(order: Order, prefix: int, causal_prefix: bool = False) -> Row
         weights.append((exists | first).float())
         stride *= shape[axis]
     weight = torch.stack(weights)
-    feeds = _feeds(step, order.num_steps)
-    return RowPlan(
-        feeds=feeds,
-        committed=tuple(len(feed) for feed in feeds),
+    return _plan(
+        order,
+        step,
         mask=_base_mask(step, prefix, causal_prefix),
         position=position,
-        query=torch.zeros(len(step), dtype=torch.bool),
         sources=torch.stack(sources),
         weights=weight / weight.sum(0),
-        order=order,
     )
 
 
@@ -260,15 +282,14 @@ def query_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
     same = row_step[None, :] == row_step[:, None]
     mask = mask & (~query[None, :] | (query[:, None] & same))
     size = order.layout.size
-    return RowPlan(
-        feeds=_feeds(row_step, order.num_steps),
+    return _plan(
+        order,
+        row_step,
         committed=tuple(int((tokens == s).sum()) for s in range(order.num_steps)),
         mask=mask,
         position=torch.cat((token_position, order.permutation)),
         query=query,
         sources=(len(tokens) + torch.arange(size))[None],
-        weights=torch.ones(1, size),
-        order=order,
     )
 
 
@@ -302,16 +323,13 @@ def group_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
     before = prefix + torch.where(wanted < group, wanted - 1, wanted - group)
     sources = torch.where((wanted > group) & (wanted < 2 * group), rows + wanted - group - 1, before)
     sources[group] = prefix + group - 1
-    feeds = _feeds(step, order.num_steps)
-    return RowPlan(
-        feeds=feeds,
-        committed=tuple(len(feed) for feed in feeds),
+    return _plan(
+        order,
+        step,
         mask=_base_mask(step, prefix, causal_prefix),
         position=position,
         query=query,
         sources=sources[None],
-        weights=torch.ones(1, size),
-        order=order,
         learned=torch.where(query, torch.arange(rows + extra) - rows, 0),
         place=place,
     )
@@ -330,17 +348,14 @@ def shift_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
         raise TokenloomError(f"This plan needs an order of two or more steps of equal size, got {order}.")
     step, position = _token_rows(order, prefix)
     step, position = step[: size - block + prefix], position[: size - block + prefix]
-    feeds = _feeds(step, order.num_steps)
     wanted = torch.arange(size)
-    return RowPlan(
-        feeds=feeds,
-        committed=tuple(len(feed) for feed in feeds),
+    return _plan(
+        order,
+        step,
         mask=_base_mask(step, prefix, causal_prefix),
         position=position,
-        query=torch.zeros(len(step), dtype=torch.bool),
         sources=(prefix + wanted - block).clamp(min=0)[None],
         weights=(wanted >= block).float()[None],
-        order=order,
     )
 
 
@@ -384,17 +399,13 @@ def scale_plan(
     mask[prefix:, prefix:] = seen
     if causal_prefix:
         mask[:prefix, :prefix] = mask[:prefix, :prefix].tril()
-    feeds = _feeds(torch.cat((torch.zeros(prefix, dtype=torch.long), scale)), order.num_steps)
-    stay = (prefix, *[0] * (order.num_steps - 1)) if own_scale else tuple(len(feed) for feed in feeds)
-    return RowPlan(
-        feeds=feeds,
-        committed=stay,
+    return _plan(
+        order,
+        torch.cat((torch.zeros(prefix, dtype=torch.long), scale)),
+        committed=(prefix, *[0] * (order.num_steps - 1)) if own_scale else None,
         mask=mask,
         position=torch.cat((torch.full((prefix,), -1), torch.arange(size))),
-        query=torch.zeros(prefix + size, dtype=torch.bool),
         sources=(prefix + torch.arange(size))[None],
-        weights=torch.ones(1, size),
-        order=order,
     )
 
 
