@@ -314,6 +314,41 @@ def evaluate(
     _OUT.print(output / "report.md", markup=False)
 
 
+@app.command("evaluate-tokenizer")
+def evaluate_tokenizer(
+    tokenizer: Annotated[str, typer.Argument(help="Name of a bundled model, folder or hub id.")],
+    images: Annotated[Path, typer.Argument(help="Folder of pictures, with or without captions.jsonl.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.md, report.json and the figure.")
+    ] = Path("rate-distortion"),
+    split: Annotated[str | None, typer.Option(help="Only pictures of this split of captions.jsonl.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the pictures, where the tokenizer takes any.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Most pictures, drawn at random.")] = 500,
+    tokens: Annotated[
+        list[int], typer.Option(help="Tokens a picture (may be repeated), where prefixes decode.")
+    ] = [],  # noqa: B006
+    codecs: Annotated[
+        list[str], typer.Option("--codec", help="Only this codec (may be repeated); by default all.")
+    ] = [],  # noqa: B006
+    codec_pictures: Annotated[int, typer.Option(help="Pictures the codecs code; 0 for none.")] = 50,
+    seed: Annotated[int, typer.Option(help="Decides which pictures are drawn.")] = 0,
+) -> None:
+    """Measure rate and distortion of a tokenizer beside JPEG, WebP, AVIF and JPEG 2000."""
+    resolve(tokenizer)  # before the slow imports
+    from tokenloom.evaluation import rate_distortion as rd
+    from tokenloom.tokenizers import load_tokenizer
+
+    module = load_tokenizer(tokenizer)
+    pixels = rd.load_pixels(images, rd.picture_size(module, size), split, count, seed)
+    config = rd.RateDistortionConfig(
+        tokens=tuple(tokens) or None, codecs=tuple(codecs) or None, codec_pictures=codec_pictures
+    )
+    for path in rd.write_rate_distortion(rd.rate_distortion(module, pixels, config, tokenizer), output):
+        _OUT.print(path, markup=False)
+
+
 @app.command("train-judge")
 def train_judge(
     data: Annotated[Path, typer.Argument(help="Folder with pictures and captions.jsonl.")],

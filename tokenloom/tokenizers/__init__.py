@@ -17,5 +17,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Tokenizer": "base",
         "VQ": "quantizers",
         "WordTokenizer": "text",
+        "load_tokenizer": "auto",
     },
 )
