@@ -386,6 +386,24 @@ def emoji(
     )
 
 
+@data_app.command()
+def photos(
+    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
+    crops: Annotated[int, typer.Option(help="Square crops of each photograph; 0 for whole photographs.")] = 0,
+    size: Annotated[int, typer.Option(help="Side of the crops in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(help="Decides the crops.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
+) -> None:
+    """Build the set of photographs (permissive licences) that the photo tokenizer is trained on."""
+    from tokenloom.data.photos import build_photos
+
+    report = build_photos(out, crops=crops, size=size, seed=seed, cache_dir=cache)
+    parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
+    _OUT.print(
+        f"{report.folder}: {report.pictures:,} pictures ({parts}) in {report.seconds:.0f} s", markup=False
+    )
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("demo"),
