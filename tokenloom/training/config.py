@@ -131,7 +131,10 @@ class LoopConfig:
         if len(self.betas) != 2:
             raise TokenloomError(f"loop.betas must be two numbers, got {self.betas}.")
         for index, beta in enumerate(self.betas):
-            _check_range(f"loop.betas[{index}]", beta, 0, 1)
+            if not 0 <= beta < 1:  # at 1 the moments never change, and their correction divides by 0
+                raise TokenloomError(
+                    f"loop.betas[{index}] must be at least 0 and less than 1, got {beta}; usual are 0.9 and 0.95."
+                )
         for key, options in (
             ("schedule", ("cosine", "constant", "wsd")),
             ("precision", ("auto", "bf16", "fp16", "no")),
