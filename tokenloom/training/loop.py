@@ -135,6 +135,14 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
 
+def _row_step(line: str) -> float:
+    """The step of a row of the log; infinity if the row is not whole."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 class Trainer:
     """Runs a task.
 
@@ -206,7 +214,20 @@ class Trainer:
                 values, lr=self.config.learning_rate * factor
             )  # the config rules, not the checkpoint
         self.schedule.scheduler.base_lrs = [self.config.learning_rate] * len(settings)
+        if self.accelerator.is_main_process:
+            self._rewind_log()
         self.accelerator.print(f"Resumed from {path} at step {self.step}.")
+
+    def _rewind_log(self) -> None:
+        """Drops the rows of the log that this run will write again, and a row that a kill cut off."""
+        path = self.output / "log.jsonl"
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _row_step(line) <= self.step]
+        scratch = path.with_name(f".{path.name}.part")
+        scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        scratch.replace(path)
 
     def _with_average(self, action: Any) -> None:
         parameters = list(self.task.module.parameters())
