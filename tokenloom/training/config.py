@@ -323,16 +323,28 @@ def load_config(kind: type[T], path: str | Path, overrides: list[str] | None = N
     Raises:
         TokenloomError: If the file cannot be read, is not YAML, or does not fit the dataclass.
     """
-    path = Path(path)
+    return from_dict(kind, read_values(path, overrides))
+
+
+def read_values(path: str | Path | None, overrides: list[str] | None = None) -> Any:
+    """Reads plain values from a YAML (or JSON) file, or from nothing, and changes them.
+
+    Args:
+        path: The file; `None` begins with no values.
+        overrides: Changes such as "loop.steps=200", parsed as YAML values.
+
+    Raises:
+        TokenloomError: If the file cannot be read or is not YAML, or a change does not fit.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = {} if path is None else yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise TokenloomError(f"Cannot read the config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TokenloomError(f"{path} is not valid YAML: {error}") from None
     for override in overrides or []:
         _override(values, override)
-    return from_dict(kind, values)
+    return values
 
 
 def _override(values: Any, override: str) -> None:

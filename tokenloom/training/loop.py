@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
+from tokenloom.models import replace_folder
 from tokenloom.training.config import LoopConfig
 from tokenloom.training.interrupts import noticed_interrupts
 
@@ -65,18 +66,6 @@ class Task(ABC):
     def after_step(self, accelerator: Accelerator, batch: Any, step: int) -> dict[str, Tensor]:
         """Called after each optimizer step; may train a second network. Returns scalars to log."""
         return {}
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Puts `source` in the place of `target` so that a complete folder is there at any time but an instant."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.replace(old)
-        source.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        source.replace(target)
 
 
 def learning_rate_factor(step: int, config: LoopConfig) -> float:
