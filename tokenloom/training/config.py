@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,6 +20,15 @@ import yaml
 from tokenloom.errors import TokenloomError, unknown_name
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in JSON and in version 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _check_range(where: str, value: float, low: float, high: float = math.inf) -> None:
@@ -337,7 +347,7 @@ def read_values(path: str | Path | None, overrides: list[str] | None = None) -> 
         TokenloomError: If the file cannot be read or is not YAML, or a change does not fit.
     """
     try:
-        values = {} if path is None else yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = {} if path is None else _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise TokenloomError(f"Cannot read the config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -345,6 +355,10 @@ def read_values(path: str | Path | None, overrides: list[str] | None = None) -> 
     for override in overrides or []:
         _override(values, override)
     return values
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a safe loader: it builds plain values alone
 
 
 def _override(values: Any, override: str) -> None:
@@ -359,6 +373,6 @@ def _override(values: Any, override: str) -> None:
     if not isinstance(target, dict):
         raise TokenloomError(f"Override {override!r} does not fit: what it changes is not a mapping of keys.")
     try:
-        target[last] = yaml.safe_load(text)
+        target[last] = _parse(text)
     except yaml.YAMLError:
         raise TokenloomError(f"Override {override!r} has a value that is not valid YAML.") from None
