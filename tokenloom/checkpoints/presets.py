@@ -13,6 +13,8 @@ from typing import Any
 
 from tokenloom.errors import unknown_name
 
+Config = dict[str, Any]
+
 _UNSTATED = "none stated by the publisher: ask before you use or pass on these weights"
 _APPLE = "Apple Machine Learning Research Model licence: research only"
 _SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -54,13 +56,18 @@ class Preset:
 def _scale_models() -> dict[str, Preset]:
     """VAR and MVAR."""
 
-    def config(depth: int, scales: tuple[int, ...] = _SCALES_256, **more: Any) -> dict[str, Any]:
-        sizes = {"depth": depth, "embed_dim": 64 * depth, "num_heads": depth, "patch_nums": list(scales)}
-        tokenizer = {"vocab_size": 4096, "Cvae": 32, "share_quant_resi": 4, "quant_resi": 0.5}
-        rest = {"num_classes": 1000, "mlp_ratio": 4.0, "norm_eps": 1e-6, "attn_l2_norm": True}
+    def config(depth: int, scales: tuple[int, ...] = _SCALES_256, **more: Any) -> Config:
+        sizes: Config = {
+            "depth": depth,
+            "embed_dim": 64 * depth,
+            "num_heads": depth,
+            "patch_nums": list(scales),
+        }
+        tokenizer: Config = {"vocab_size": 4096, "Cvae": 32, "share_quant_resi": 4, "quant_resi": 0.5}
+        rest: Config = {"num_classes": 1000, "mlp_ratio": 4.0, "norm_eps": 1e-6, "attn_l2_norm": True}
         return {**sizes, **tokenizer, **rest, "shared_aln": False, **more}
 
-    fid = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+    fid: Config = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
     made = {}
     for depth, count in ((16, "310.3M"), (20, "0.6B"), (24, "1.0B"), (30, "2.0B")):
         made[f"var_d{depth}.pth"] = Preset("var", config(depth), "MIT", fid, count, beside=_VAR_VAE)
@@ -73,7 +80,7 @@ def _scale_models() -> dict[str, Preset]:
         ("mvar-finetune-d24.pth", 24, 1.4, 900, 0.96),
     )
     for name, depth, cfg, top_k, top_p in rows:
-        values = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
+        values: Config = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
         near = config(depth, kernel_size=7, refine_step=8)
         made[name] = Preset("mvar", near, "MIT", values, beside=_VAR_VAE)
     return made
@@ -91,10 +98,10 @@ _GPT: dict[str, tuple[int, int, int]] = {
 """Layers, heads and width of the transformers of LlamaGen, NAR and PAR."""
 
 
-def _gpt(size: str, block_size: int, **more: Any) -> dict[str, Any]:
+def _gpt(size: str, block_size: int, **more: Any) -> Config:
     layers, heads, width = _GPT[size]
-    sizes = {"n_layer": layers, "n_head": heads, "dim": width, "block_size": block_size}
-    classes = {"vocab_size": 16384, "num_classes": 1000, "cls_token_num": 1, "model_type": "c2i"}
+    sizes: Config = {"n_layer": layers, "n_head": heads, "dim": width, "block_size": block_size}
+    classes: Config = {"vocab_size": 16384, "num_classes": 1000, "cls_token_num": 1, "model_type": "c2i"}
     return {**sizes, **classes, "class_dropout_prob": 0.1, "multiple_of": 256, **more}
 
 
@@ -112,7 +119,7 @@ def _llamagen() -> dict[str, Preset]:
     }
     for size, (sides, scale, count) in rows.items():
         for side in sides:
-            values = {"cfg_scale": scale, **_PLAIN}
+            values: Config = {"cfg_scale": scale, **_PLAIN}
             config = _gpt(size, (side // 16) ** 2)
             made[f"c2i_{size}_{side}.pt"] = Preset("llamagen", config, "MIT", values, count)
     for stage, side in ((1, 256), (2, 512)):
@@ -126,7 +133,7 @@ def _nar() -> dict[str, Preset]:
     """NAR; its collection names no files here, so these are names of models."""
     made = {}
     text = "MIT (LlamaGen's text; nothing is stated about the weights)"
-    sizes = {"B": "130.6M", "M": "295.5M", "L": "372.5M", "XL": "816.0M", "XXL": "1464.5M"}
+    sizes: Config = {"B": "130.6M", "M": "295.5M", "L": "372.5M", "XL": "816.0M", "XXL": "1464.5M"}
     for size, count in sizes.items():
         made[f"NAR-{size}"] = Preset(
             "nar", _gpt(size, 256, medusa_attention_num=1), text, _PLAIN, count, note="256 pixels"
@@ -134,7 +141,7 @@ def _nar() -> dict[str, Preset]:
     for stage, side in ((1, 256), (2, 512)):
         config = _gpt("XL", (side // 16) ** 2, medusa_attention_num=1, **_CAPTIONS)
         made[f"NAR-XL-t2i-stage{stage}"] = Preset("nar", config, text, _PLAIN, "819.0M")
-    clip = {"vocab_size": 8192, "num_classes": 101, "latent_shape": [4, 16, 16], "max_seq_len": 1024}
+    clip: Config = {"vocab_size": 8192, "num_classes": 101, "latent_shape": [4, 16, 16], "max_seq_len": 1024}
     for size, count in {"L": "368.7M", "LP": "693.6M", "XL": "815.5M"}.items():
         made[f"NAR-video-{size}"] = Preset(
             "nar_video",
@@ -164,13 +171,24 @@ def _par_and_dar() -> dict[str, Preset]:
 
 def _nbp() -> dict[str, Preset]:
     made = {}
-    rule = {"top_k": 16000, "top_p": 0.9, "temperature": 1.0}
+    rule: Config = {"top_k": 16000, "top_p": 0.9, "temperature": 1.0}
     for size, name, ucf, k600 in (("base", "base", "983M", "884M"), ("3b", "3b", "4.23B", "4.03B")):
         layers, heads, width = (24, 16, 1536) if size == "base" else (32, 32, 3072)
-        shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": 5120, "num_tokens": 1280}
+        shape: Config = {
+            "n_layer": layers,
+            "n_head": heads,
+            "n_embd": width,
+            "block_size": 5120,
+            "num_tokens": 1280,
+        }
         shape |= {"first_stage_vocab_size": 64000, "token_number_per_step": 16}
-        hybrid = {"class_cond_dim": 32000, "cond_token_num": 8, "hybrid": True, "starts_with_bov": True}
-        plain = {"class_cond_dim": 0, "cond_token_num": 0, "hybrid": False, "starts_with_bov": False}
+        hybrid: Config = {
+            "class_cond_dim": 32000,
+            "cond_token_num": 8,
+            "hybrid": True,
+            "starts_with_bov": True,
+        }
+        plain: Config = {"class_cond_dim": 0, "cond_token_num": 0, "hybrid": False, "starts_with_bov": False}
         made[f"ucf_{name}_nbp16_hybrid.ckpt"] = Preset("nbp", {**shape, **hybrid}, "MIT", rule, ucf)
         made[f"k600_{name}_nbp16.ckpt"] = Preset(
             "nbp", {**shape, **plain}, "MIT", rule, k600, note="continues 2 given latent frames"
@@ -185,10 +203,16 @@ _MAE = {"B": (768, 12, 12), "L": (1024, 16, 16), "H": (1280, 20, 16)}
 def _continuous() -> dict[str, Preset]:
     """xAR, MAR and Hi-MAR: generators of continuous tokens."""
     made = {}
-    latent = {"img_size": 256, "vae_stride": 16, "patch_size": 1, "vae_embed_dim": 16, "class_num": 1000}
+    latent: Config = {
+        "img_size": 256,
+        "vae_stride": 16,
+        "patch_size": 1,
+        "vae_embed_dim": 16,
+        "class_num": 1000,
+    }
 
     def halves(width: int, depth: int, heads: int) -> dict[str, int]:
-        sizes = {"embed_dim": width, "depth": depth, "num_heads": heads}
+        sizes: Config = {"embed_dim": width, "depth": depth, "num_heads": heads}
         return {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in sizes.items()}
 
     xar: tuple[tuple[str, int, int, int, float, int, str], ...] = (
@@ -197,7 +221,7 @@ def _continuous() -> dict[str, Preset]:
         ("H", 1280, 20, 16, 2.2, 50, "1186.0M"),
     )
     for size, width, depth, heads, cfg, steps, count in xar:
-        config = {**latent, **halves(width, depth, heads), "mlp_ratio": 4, "clusters": 4}
+        config: Config = {**latent, **halves(width, depth, heads), "mlp_ratio": 4, "clusters": 4}
         made[f"xAR-{size}.pth"] = Preset(
             "xar", config, _UNSTATED, {"cfg": cfg, "num_steps": steps}, count, note="latents of kl16.ckpt"
         )
@@ -213,10 +237,16 @@ def _continuous() -> dict[str, Preset]:
         config = {**latent, **halves(width, depth, heads), "mlp_ratio": 4, "buffer_size": 64}
         config |= {"diffloss_d": blocks, "diffloss_w": net, "num_sampling_steps": "100"}
         name, scale, count = mar[size]
-        values = {"cfg": scale, "num_iter": 256, "temperature": 1.0}
+        values: Config = {"cfg": scale, "num_iter": 256, "temperature": 1.0}
         made[f"mar_{name}"] = Preset("mar", config, "MIT", values, count)
         cfg, re_cfg, steps, width_dit, heads_dit, count = himar[size]
-        dit = {"gdm_d": blocks, "gdm_w": width_dit, "head": heads_dit, "global_dm": True, "cond_dim": 16}
+        dit: Config = {
+            "gdm_d": blocks,
+            "gdm_w": width_dit,
+            "head": heads_dit,
+            "global_dm": True,
+            "cond_dim": 16,
+        }
         dit |= {"cond_scale": 8, "ratio": 2, "two_diffloss": True, "cos": True}
         values = {"cfg": cfg, "re_cfg": re_cfg, "num_iter": steps}
         made[f"Hi-MAR-{size}"] = Preset("himar", {**config, **dit}, _UNSTATED, values, count)
@@ -226,7 +256,13 @@ def _continuous() -> dict[str, Preset]:
 def _convolutional() -> dict[str, Preset]:
     """Convolutional tokenizers of LlamaGen, VAR, MaskGIT and Infinity."""
     made = {}
-    vq = {"ch": 128, "num_res_blocks": 2, "z_channels": 256, "norm_groups": 32, "codebook_size": 16384}
+    vq: Config = {
+        "ch": 128,
+        "num_res_blocks": 2,
+        "z_channels": 256,
+        "norm_groups": 32,
+        "codebook_size": 16384,
+    }
     vq |= {"codebook_embed_dim": 8, "codebook_l2_norm": True, "commit_loss_beta": 0.25, "image_size": 256}
     f16, f8 = {**vq, "ch_mult": [1, 1, 2, 2, 4]}, {**vq, "ch_mult": [1, 2, 2, 4]}
     files = {
@@ -236,17 +272,23 @@ def _convolutional() -> dict[str, Preset]:
     }
     for name, (config, count) in files.items():
         made[name] = Preset("llamagen_vq", config, "MIT", parameters=count, pixel_range=_SIGNED)
-    var = {"ch": 160, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "norm_groups": 32, "vocab_size": 4096}
+    var: Config = {
+        "ch": 160,
+        "ch_mult": [1, 1, 2, 2, 4],
+        "num_res_blocks": 2,
+        "norm_groups": 32,
+        "vocab_size": 4096,
+    }
     var |= {"z_channels": 32, "quant_resi": 0.5, "share_quant_resi": 4, "beta": 0.25, "using_znorm": False}
     var["v_patch_nums"] = list(_SCALES_256)
     made[_VAR_VAE] = Preset("var_vq", var, "MIT", parameters="108.9M", pixel_range=_SIGNED)
-    maskgit = {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "blocks": 2, "z": 256, "codebook": 1024}
+    maskgit: Config = {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "blocks": 2, "z": 256, "codebook": 1024}
     maskgit |= {"norm_groups": 32, "image_size": 256}
     made["maskgit-vqgan-imagenet-f16-256.bin"] = Preset(
         "maskgit_vqgan", maskgit, "Apache-2.0", pixel_range=_UNSIGNED
     )
     sides = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
-    cnn = {
+    cnn: Config = {
         "base_ch": 128,
         "ch_mult": [1, 2, 4, 4, 4],
         "num_res_blocks": 2,
@@ -269,36 +311,40 @@ def _titok() -> dict[str, Preset]:
     made = {}
     names = {"s": "small", "b": "base", "l": "large"}
 
-    def config(encoder: str, decoder: str, tokens: int, **more: Any) -> dict[str, Any]:
-        shape = {"encoder": names[encoder], "decoder": names[decoder], "num_latent_tokens": tokens}
+    def config(encoder: str, decoder: str, tokens: int, **more: Any) -> Config:
+        shape: Config = {"encoder": names[encoder], "decoder": names[decoder], "num_latent_tokens": tokens}
         return {**shape, "patch": 16, "image_size": 256, **more}
 
     def add(name: str, values: dict[str, Any], count: str = "", family: str = "titok") -> None:
         made[name] = Preset(family, values, "Apache-2.0", parameters=count, pixel_range=_UNSIGNED)
 
-    pixel = {"codebook": 1024, "z": 256, "ch": 128, "blocks": 2}
-    old = {"codebook_size": 4096, "token_size": 12, "use_l2_norm": True, "is_legacy": True}
+    pixel: Config = {"codebook": 1024, "z": 256, "ch": 128, "blocks": 2}
+    old: Config = {"codebook_size": 4096, "token_size": 12, "use_l2_norm": True, "is_legacy": True}
     old |= {"finetune_decoder": True, "quantize_mode": "vq", "pixel": pixel}
-    new = {"use_l2_norm": False, "is_legacy": False, "finetune_decoder": False}
-    vq = {**new, "codebook_size": 8192, "token_size": 64, "quantize_mode": "vq"}
-    vae = {**new, "token_size": 16, "quantize_mode": "vae"}
+    new: Config = {"use_l2_norm": False, "is_legacy": False, "finetune_decoder": False}
+    vq: Config = {**new, "codebook_size": 8192, "token_size": 64, "quantize_mode": "vq"}
+    vae: Config = {**new, "token_size": 16, "quantize_mode": "vae"}
     for size, tokens, count in (("l", 32, "641M"), ("b", 64, "205M"), ("s", 128, "84M")):
         add(f"tokenizer_titok_{size}{tokens}_imagenet", config(size, size, tokens, **old), count)
     for sizes, tokens, count in (("bl", 64, ""), ("bl", 128, "390M"), ("sl", 256, "330M")):
-        add(f"tokenizer_titok_{sizes}{tokens}_vq8k_imagenet", config(*sizes, tokens, **vq), count)
+        add(f"tokenizer_titok_{sizes}{tokens}_vq8k_imagenet", config(sizes[0], sizes[1], tokens, **vq), count)
     for sizes, tokens in (("ll", 32), ("bl", 64), ("bl", 128)):
-        add(f"tokenizer_titok_{sizes}{tokens}_vae_c16_imagenet", config(*sizes, tokens, **vae))
+        add(f"tokenizer_titok_{sizes}{tokens}_vae_c16_imagenet", config(sizes[0], sizes[1], tokens, **vae))
     for tokens in (32, 64, 128):
-        add(f"tokenizer_tatitok_bl{tokens}_vq", config(*"bl", tokens, **vq), family="tatitok")
+        add(f"tokenizer_tatitok_bl{tokens}_vq", config("b", "l", tokens, **vq), family="tatitok")
     for sizes, tokens in (("bl", 32), ("bl", 64), ("sl", 128)):
-        add(f"tokenizer_tatitok_{sizes}{tokens}_vae", config(*sizes, tokens, **vae), family="tatitok")
+        add(
+            f"tokenizer_tatitok_{sizes}{tokens}_vae",
+            config(sizes[0], sizes[1], tokens, **vae),
+            family="tatitok",
+        )
     return made
 
 
 def _other_tokenizers() -> dict[str, Preset]:
     """FlexTok, HiMTok, D-AR's and NBP's tokenizers, DAC."""
     made = {}
-    sizes = {
+    sizes: Config = {
         "d12_d12_in1k": (12, 12),
         "d18_d18_in1k": (18, 18),
         "d18_d28_in1k": (18, 28),
@@ -306,7 +352,7 @@ def _other_tokenizers() -> dict[str, Preset]:
     }
     for name, (encoder, decoder) in sizes.items():
         widths = {d: {12: 768, 18: 1152, 28: 1792}[d] for d in (encoder, decoder)}
-        config: dict[str, Any] = {"enc_depth": encoder, "enc_dim": widths[encoder], "dec_depth": decoder}
+        config: Config = {"enc_depth": encoder, "enc_dim": widths[encoder], "dec_depth": decoder}
         config |= {"dec_dim": widths[decoder], "head_dim": 64, "n_registers": 256, "latent_channels": 16}
         config |= {"patch": 2, "max_grid": 16, "fsq_levels": [8, 8, 8, 5, 5, 5], "adaln_expansion": 2}
         config |= {"enc_mask_mode": "causal_last", "head_adaln": True, "freq_dim": 256, "max_timestep": 1.0}
@@ -318,20 +364,32 @@ def _other_tokenizers() -> dict[str, Preset]:
             pixel_range=_SIGNED,
             note="latents of flextok_vae_c16; compare with the config.json of the repository",
         )
-    himtok = {"width": 1024, "layers": 24, "heads": 16, "image_size": 256, "codebook_size": 1024}
+    himtok: Config = {"width": 1024, "layers": 24, "heads": 16, "image_size": 256, "codebook_size": 1024}
     himtok |= {"token_size": 12, "num_latent_tokens": 32, "norm_groups": 32}
     himtok["pixel"] = {"z": 1024, "ch": 128, "blocks": 2}
     made["himtok.pth"] = Preset("himtok", himtok, "Apache-2.0", {}, "644M", _UNSIGNED)
-    decoder_config = {"in_dim": 3, "out_dim": 3, "dim": 768, "cond_dim": 768, "patch_size": 8, "depth": 12}
+    decoder_config: Config = {
+        "in_dim": 3,
+        "out_dim": 3,
+        "dim": 768,
+        "cond_dim": 768,
+        "patch_size": 8,
+        "depth": 12,
+    }
     decoder_config |= {"data_std": 0.6, "time_shift": 2, "mlp_head": False, "share_time_encoding": False}
-    dar = {"encoder_patch_size": 16, "num_encoder_layers": 8, "num_decoder_layers": 8, "query_low_rank": True}
+    dar: Config = {
+        "encoder_patch_size": 16,
+        "num_encoder_layers": 8,
+        "num_decoder_layers": 8,
+        "query_low_rank": True,
+    }
     dar |= {"encoder_dim": 768, "decoder_dim": 768, "vq_dim": 8, "vq_codebook_size": 16384}
     dar |= {"num_denoising_steps": 8, "num_query_groups": 8, "num_all_queries": 256, "queries_per_step": 32}
     dar |= {"vq_enable": True, "sampling_resolution": 256, "diff_decoder": decoder_config}
     made["D-AR-tokenizer_v1.pt"] = Preset(
         "dar_tokenizer", {"max_queries": 1024, "head_dim": 64, "dar": dar}, "MIT", {}, "300M", _SIGNED
     )
-    video = {"width_divisor": 1, "norm_groups": 32, "blocks": 4, "image_size": 128, "frames": 17}
+    video: Config = {"width_divisor": 1, "norm_groups": 32, "blocks": 4, "image_size": 128, "frames": 17}
     for data in ("ucf", "k600"):
         made[f"NBP-tokenizer-{data}"] = Preset(
             "nbp_video", {**video, "fsq_levels": [8, 8, 8, 5, 5, 5]}, "MIT", pixel_range=_UNSIGNED
@@ -342,7 +400,7 @@ def _other_tokenizers() -> dict[str, Preset]:
         "dac_16khz": (16000, [2, 4, 5, 8], 12, "74.1M"),
     }
     for name, (rate, strides, books, count) in rates.items():
-        dac = {
+        dac: Config = {
             "encoder_dim": 64,
             "encoder_rates": strides,
             "decoder_dim": 1536,
