@@ -235,8 +235,52 @@ def reconstruct(
 
 
 @app.command()
-def models() -> None:
-    """List the bundled models."""
+def convert(
+    files: Annotated[list[Path], typer.Argument(help="Weights: .safetensors, .pth, .pt, .ckpt, .bin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    family: Annotated[str | None, typer.Option(help="Family; guessed from the weights if not given.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Settings of a published file; by default those of its name.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON: official constructor arguments.")] = None,
+    changes: SetOption = [],  # noqa: B006
+    ema: Annotated[bool, typer.Option(help="Take averaged weights where a file holds both.")] = True,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion.")] = False,
+) -> None:
+    """Convert published weights to a folder. Give several files where a model is published in parts."""
+    from tokenloom.checkpoints.convert import convert_checkpoint
+    from tokenloom.training.config import read_values
+
+    values = read_values(config, changes)
+    if not isinstance(values, dict):
+        raise TokenloomError(f"Expected names and values in {config}, got {values!r}.")
+    done = convert_checkpoint(
+        files,
+        output,
+        family=family,
+        config=values,
+        preset_name=preset,
+        ema=ema,
+        dtype=dtype,
+        force=force,
+    )
+    for note in done.notes:
+        _OUT.print(f"  {note}", markup=False)
+    _OUT.print(f"{output}: {done.family}", markup=False)
+
+
+@app.command()
+def models(
+    presets: Annotated[bool, typer.Option("--presets", help="List the files that convert knows.")] = False,
+) -> None:
+    """List the bundled models, or the published files that `convert` knows by name."""
+    if presets:
+        from tokenloom.checkpoints.presets import PRESETS
+
+        for name, one in PRESETS.items():
+            _OUT.print(f"{name}: {one.family}, {one.licence}", markup=False)
+        return
     for info in bundled().values():
         default = " (default)" if info.name == DEFAULT_MODEL else ""
         _OUT.print(f"{info.name}{default}: {info.num_bytes / 1e6:.1f} MB", style="bold", markup=False)

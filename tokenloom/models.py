@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ CARD_FILE = "card.json"
 _ASSETS = Path(__file__).parent / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.md"]
+_CHUNK = 1 << 24  # bytes read at once for a sum
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
 
@@ -161,15 +163,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
-    """Writes `card.json` of a saved pipeline, with this version and the SHA-256 sums of its weights.
+    """Writes `card.json` of a saved pipeline or module, with this version and the SHA-256 sums of its weights.
 
     Args:
-        folder: The saved pipeline.
+        folder: The saved pipeline or module.
         card: The weight record: anything JSON can hold. "sha256" and the version are filled in.
     """
-    sums = {
-        path.relative_to(folder).as_posix(): digest(path) for path in sorted(folder.rglob("*.safetensors"))
-    }
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    sums = {path.relative_to(folder).as_posix(): digest(path) for path in sorted(files)}
     text = json.dumps({**card, VERSION_KEY: __version__, "sha256": sums}, indent=2, ensure_ascii=False)
     scratch = folder / f".{CARD_FILE}.part"
     scratch.write_text(text + "\n", encoding="utf-8")
@@ -269,7 +270,23 @@ def check_digests(folder: Path, card: dict[str, Any]) -> None:
 
 def digest(path: Path) -> str:
     """Returns the SHA-256 sum of a file in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_CHUNK):
+            total.update(part)
+    return total.hexdigest()
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Puts `source` in the place of `target` so that a complete folder is there at any time but an instant."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.replace(old)
+        source.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        source.replace(target)
 
 
 def _read_json(path: Path) -> Any:

@@ -104,6 +104,11 @@ _RULES: dict[str, Callable[[str, Mapping[str, Any]], Guidance]] = {
 }
 
 
+def guided_families() -> tuple[str, ...]:
+    """Names that `official_guidance` knows."""
+    return tuple(sorted(_RULES))
+
+
 def official_guidance(family: str, **settings: Any) -> Guidance:
     """The `Guidance` that does what the official sampler of a family does.
 

@@ -103,10 +103,17 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
         pixel_range=(-1.0, 1.0) if llamagen else (0.0, 1.0),
         clamp=False,
     )
-    return load(module, family, state, _renames(family, module), derivable=(re.escape(_USED),))
+    load(module, family, state, _renames(family, module), derivable=(re.escape(_USED),))
+    if llamagen:
+        kept: Any = module  # a history that no tensor of ours holds
+        kept.official_used = state.get(_USED)
+    return module
 
 
 def to_official(family: str, module: nn.Module) -> dict[str, Tensor]:
-    """The official state dict; LlamaGen's history of chosen codes is empty."""
+    """The official state dict; LlamaGen's history of chosen codes is empty where the weights came without one."""
     state = unload(module, _renames(family, module))
-    return state | {_USED: torch.zeros(65536)} if family == "llamagen_vq" else state
+    if family == "llamagen_vq":
+        used = getattr(module, "official_used", None)
+        state[_USED] = torch.zeros(65536) if used is None else used
+    return state

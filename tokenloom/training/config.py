@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,6 +20,15 @@ import yaml
 from tokenloom.errors import TokenloomError, unknown_name
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in JSON and in version 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _check_range(where: str, value: float, low: float, high: float = math.inf) -> None:
@@ -131,7 +141,10 @@ class LoopConfig:
         if len(self.betas) != 2:
             raise TokenloomError(f"loop.betas must be two numbers, got {self.betas}.")
         for index, beta in enumerate(self.betas):
-            _check_range(f"loop.betas[{index}]", beta, 0, 1)
+            if not 0 <= beta < 1:  # at 1 the moments never change, and their correction divides by 0
+                raise TokenloomError(
+                    f"loop.betas[{index}] must be at least 0 and less than 1, got {beta}; usual are 0.9 and 0.95."
+                )
         for key, options in (
             ("schedule", ("cosine", "constant", "wsd")),
             ("precision", ("auto", "bf16", "fp16", "no")),
@@ -320,16 +333,32 @@ def load_config(kind: type[T], path: str | Path, overrides: list[str] | None = N
     Raises:
         TokenloomError: If the file cannot be read, is not YAML, or does not fit the dataclass.
     """
-    path = Path(path)
+    return from_dict(kind, read_values(path, overrides))
+
+
+def read_values(path: str | Path | None, overrides: list[str] | None = None) -> Any:
+    """Reads plain values from a YAML (or JSON) file, or from nothing, and changes them.
+
+    Args:
+        path: The file; `None` begins with no values.
+        overrides: Changes such as "loop.steps=200", parsed as YAML values.
+
+    Raises:
+        TokenloomError: If the file cannot be read or is not YAML, or a change does not fit.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = {} if path is None else _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise TokenloomError(f"Cannot read the config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TokenloomError(f"{path} is not valid YAML: {error}") from None
     for override in overrides or []:
         _override(values, override)
-    return from_dict(kind, values)
+    return values
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a safe loader: it builds plain values alone
 
 
 def _override(values: Any, override: str) -> None:
@@ -344,6 +373,6 @@ def _override(values: Any, override: str) -> None:
     if not isinstance(target, dict):
         raise TokenloomError(f"Override {override!r} does not fit: what it changes is not a mapping of keys.")
     try:
-        target[last] = yaml.safe_load(text)
+        target[last] = _parse(text)
     except yaml.YAMLError:
         raise TokenloomError(f"Override {override!r} has a value that is not valid YAML.") from None

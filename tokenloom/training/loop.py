@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
+from tokenloom.models import replace_folder
 from tokenloom.training.config import LoopConfig
 from tokenloom.training.interrupts import noticed_interrupts
 
@@ -65,18 +66,6 @@ class Task(ABC):
     def after_step(self, accelerator: Accelerator, batch: Any, step: int) -> dict[str, Tensor]:
         """Called after each optimizer step; may train a second network. Returns scalars to log."""
         return {}
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Puts `source` in the place of `target` so that a complete folder is there at any time but an instant."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.replace(old)
-        source.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        source.replace(target)
 
 
 def learning_rate_factor(step: int, config: LoopConfig) -> float:
@@ -133,6 +122,14 @@ def resolve_precision(precision: str) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+def _row_step(line: str) -> float:
+    """The step of a row of the log; infinity if the row is not whole."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class Trainer:
@@ -206,7 +203,20 @@ class Trainer:
                 values, lr=self.config.learning_rate * factor
             )  # the config rules, not the checkpoint
         self.schedule.scheduler.base_lrs = [self.config.learning_rate] * len(settings)
+        if self.accelerator.is_main_process:
+            self._rewind_log()
         self.accelerator.print(f"Resumed from {path} at step {self.step}.")
+
+    def _rewind_log(self) -> None:
+        """Drops the rows of the log that this run will write again, and a row that a kill cut off."""
+        path = self.output / "log.jsonl"
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _row_step(line) <= self.step]
+        scratch = path.with_name(f".{path.name}.part")
+        scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        scratch.replace(path)
 
     def _with_average(self, action: Any) -> None:
         parameters = list(self.task.module.parameters())
