@@ -48,6 +48,35 @@ class Step:
     committed: Tensor
 
 
+@dataclass(frozen=True)
+class Run:
+    """One call of `generate`, checked and ready to run.
+
+    Attributes:
+        batch: Samples B.
+        seeds: LongTensor (B,).
+        guidance: The guidance; where it is enabled, the null half runs behind the conditional half.
+        sampling: How tokens are drawn.
+        prefix: Prefix rows (B or 2B, P, D).
+        stepper: The decode rung.
+        kept: Codes (B, N) and where to keep them, or `None`.
+        on_step: Called after each step.
+    """
+
+    batch: int
+    seeds: Tensor
+    guidance: Guidance
+    sampling: Sampling
+    prefix: Tensor
+    stepper: decoding.Stepper
+    kept: tuple[Tensor, Tensor] | None
+    on_step: Callable[[Step], None] | None
+
+    def both(self, codes: Tensor) -> Tensor:
+        """Codes (B, N) for all halves that run, (B or 2B, N)."""
+        return codes.repeat(2, 1) if self.guidance.enabled else codes
+
+
 class TokenTable(nn.Module):
     """Token embeddings (V, D), optionally the sum of a vector a digit and a vector a code.
 
@@ -426,7 +455,7 @@ class Generator(ModelMixin, ConfigMixin):
         condition, batch = self._batch(condition, batch_size)
         kept = self._kept(known, keep, batch)
         noise_seeds = as_seeds(seeds, batch, self.device)
-        strength, sampling = Guidance.of(guidance), sampling or Sampling()
+        strength = Guidance.of(guidance)
         prefix, visible = self._prefix(condition, batch, self.device), self.condition.visible(condition)
         if strength.enabled:
             null = self.condition.null(batch, self.device)
@@ -434,29 +463,33 @@ class Generator(ModelMixin, ConfigMixin):
                 null = self.condition.null_like(condition, self.device)
             prefix = torch.cat((prefix, self._prefix(null, batch, self.device)))
             visible = None if visible is None else visible.repeat(2, 1)
-        stepper, table = decoding.make(decode, self, prefix, visible), self._table()
-        feed = self._feed(prefix)
-        order = self.order
-        codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
+        stepper = decoding.make(decode, self, prefix, visible)
+        return self._run(
+            Run(batch, noise_seeds, strength, sampling or Sampling(), prefix, stepper, kept, on_step)
+        )
+
+    def _run(self, run: Run) -> Tensor:
+        """Codes (B, N): one step of the plan after the other. Paradigms that revisit positions have their own loop."""
+        feed, order, table, kept = self._feed(run.prefix), self.order, self._table(), run.kept
+        codes = torch.zeros(run.batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
         for index, step in enumerate(self.plan.steps):
             progress = index / max(1, order.num_steps - 1)
-            shown = codes.repeat(2, 1) if strength.enabled else codes
-            taps = stepper(feed(shown, index), index) if len(step.rows) else ()
+            taps = run.stepper(feed(run.both(codes), index), index) if len(step.rows) else ()
             positions = step.positions.to(codes.device)
             ids = torch.zeros_like(codes[:, positions])
             if bool(step.weights.any()):
                 made = order.slices[index].start
-                scale = strength.at(progress, step=index, made=made, count=len(positions))
-                hidden = self._guide(self._collect(taps, step.sources, step.weights), scale, batch)
+                scale = run.guidance.at(progress, step=index, made=made, count=len(positions))
+                hidden = self._guide(self._collect(taps, step.sources, step.weights), scale, run.batch)
                 logits = self._head(hidden, step.weights, table)
-                ids = self._sample(logits, noise_seeds, positions, sampling.at(progress), index)
+                ids = self._sample(logits, run.seeds, positions, run.sampling.at(progress), index)
             if kept is not None:
                 ids = torch.where(kept[1][:, positions], kept[0][:, positions], ids)
             codes[:, positions] = ids
             committed[step.positions] = True
-            if on_step is not None:
-                on_step(Step(index, order.num_steps, codes, committed.clone()))
+            if run.on_step is not None:
+                run.on_step(Step(index, order.num_steps, codes, committed.clone()))
         return codes
 
     @staticmethod
