@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators import decoding
+from tokenloom.generators.arguments import check_batch, diagnose
 from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import RowPlan
@@ -379,19 +380,6 @@ class Generator(ModelMixin, ConfigMixin):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def _batch(self, condition: Given | None, batch_size: int | None) -> tuple[Given | None, int]:
-        if condition is None:
-            batch = 1 if batch_size is None else batch_size
-            if not isinstance(batch, int) or batch < 1:
-                raise TokenloomError(f"batch_size must be a positive integer, got {batch!r}.")
-            return self.condition.null(batch, self.device), batch
-        self.condition.check(condition)
-        if batch_size is not None and batch_size != condition.shape[0]:
-            raise TokenloomError(
-                f"batch_size is {batch_size}, but the condition holds {condition.shape[0]} samples; give one of them."
-            )
-        return condition.to(self.device), condition.shape[0]
-
     def _kept(self, known: Tensor | None, keep: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
         given = ~self.plan.predicted
         if known is None and keep is None:
@@ -452,7 +440,7 @@ class Generator(ModelMixin, ConfigMixin):
         Raises:
             TokenloomError: For bad arguments, or if the model produces logits that are not finite.
         """
-        condition, batch = self._batch(condition, batch_size)
+        condition, batch = check_batch(self.condition, condition, batch_size, self.device)
         kept = self._kept(known, keep, batch)
         noise_seeds = as_seeds(seeds, batch, self.device)
         strength = Guidance.of(guidance)
@@ -508,13 +496,4 @@ class Generator(ModelMixin, ConfigMixin):
         except TokenloomError as error:
             if torch.isfinite(logits).all():
                 raise
-            raise TokenloomError(
-                f"Step {step} of {self.order.num_steps}: {error} {self._diagnose()}"
-            ) from None
-
-    def _diagnose(self) -> str:
-        """Names the first parameter that is not finite, or says that activations overflowed."""
-        for name, parameter in self.named_parameters():
-            if not torch.isfinite(parameter).all():
-                return f"The weights of {name} are not finite; the checkpoint is damaged."
-        return f"All weights are finite, so activations overflowed in {self.dtype}; run the model in float32."
+            raise TokenloomError(f"Step {step} of {self.order.num_steps}: {error} {diagnose(self)}") from None
