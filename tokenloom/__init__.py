@@ -20,6 +20,7 @@ _EXPORTS = {
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
+    "MaskedGenerator": "tokenloom.generators.masked",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tokenloom.errors import TokenloomError as TokenloomError
     from tokenloom.generators import orders as orders
     from tokenloom.generators.base import Generator as Generator
+    from tokenloom.generators.masked import MaskedGenerator as MaskedGenerator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
     from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
@@ -61,6 +63,7 @@ __all__ = [
     "ImageCNNTokenizer",
     "ImageVQTokenizer",
     "Layout",
+    "MaskedGenerator",
     "ModelMixin",
     "NextBlockGenerator",
     "NextNeighborGenerator",

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "CaptionFeatures": "conditions",
         "Generator": "base",
         "Guidance": "sampling",
+        "MaskedGenerator": "masked",
         "NextBlockGenerator": "next_block",
         "NextNeighborGenerator": "next_neighbor",
         "NextScaleGenerator": "next_scale",
