@@ -263,11 +263,20 @@ class Generator(ModelMixin, ConfigMixin):
         return self._head(hidden[:, :, inverse.to(device)], plan.weights[:, inverse], self._table())
 
     def loss(self, codes: Tensor, condition: Given | None = None) -> Tensor:
-        """Mean cross-entropy in nats a token of codes (B, N), over the positions that are predicted."""
+        """Mean cross-entropy in nats a token of codes (B, N), over the positions that are predicted.
+
+        Samples that the condition does not count (`CaptionFeatures.valid`) are left out; the loss is 0 if none is left.
+        """
         logits, predicted = self.logits(codes, condition), self.plan.predicted
         if not bool(predicted.all()):
             logits, codes = logits[:, predicted], codes[:, predicted]
-        return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten() + self.special)
+        flat, targets = logits.float().flatten(0, 1), codes.flatten() + self.special
+        counted = self.condition.counted(condition)
+        if counted is None:
+            return F.cross_entropy(flat, targets)
+        losses = F.cross_entropy(flat, targets, reduction="none").view_as(codes).mean(1)
+        counts = counted.to(losses)
+        return (losses * counts).sum() / counts.sum().clamp(min=1)
 
     def forward(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """`loss(codes, condition)`, the training forward."""
