@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BlockDiffusionGenerator": "tokenloom.generators.block_diffusion",
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from tokenloom.errors import TokenloomError as TokenloomError
     from tokenloom.generators import orders as orders
     from tokenloom.generators.base import Generator as Generator
+    from tokenloom.generators.block_diffusion import BlockDiffusionGenerator as BlockDiffusionGenerator
     from tokenloom.generators.masked import MaskedGenerator as MaskedGenerator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
+    "BlockDiffusionGenerator",
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",

@@ -10,6 +10,7 @@ from tokenloom.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "BlockDiffusionGenerator": "block_diffusion",
         "CaptionFeatures": "conditions",
         "Generator": "base",
         "Guidance": "sampling",

@@ -252,35 +252,52 @@ class Generator(ModelMixin, ConfigMixin):
         batch, device = codes.shape[0], codes.device
         if condition is None:
             condition = self.condition.null(batch, device)
-        plan = self.plan
         prefix = self._prefix(condition, batch, device)
+        return self._forced(self._inputs(codes, prefix), prefix, condition)
+
+    def _forced(self, x: Tensor, prefix: Tensor, condition: Given | None) -> Tensor:
+        """Logits (B, N, V) in layout order of the embeddings (B, R, D) of all rows."""
+        plan, device = self.plan, x.device
         rows = torch.arange(plan.rows)
-        x = self._inputs(codes, prefix)
         mask = plan.mask_for(self.condition.visible(condition), rows, plan.rows, plan.mask)
         taps = self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
         inverse = self.order.inverse
         return self._head(hidden[:, :, inverse.to(device)], plan.weights[:, inverse], self._table())
 
-    def loss(self, codes: Tensor, condition: Given | None = None) -> Tensor:
+    def loss(self, codes: Tensor, condition: Given | None = None, weights: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats a token of codes (B, N), over the positions that are predicted.
 
         Samples that the condition does not count (`CaptionFeatures.valid`) are left out; the loss is 0 if none is left.
+
+        Args:
+            codes: LongTensor (B, N).
+            condition: What the model's condition takes.
+            weights: (N,) or (B, N), by which the cross-entropy of each position is multiplied; `None` is 1.
         """
-        logits, predicted = self.logits(codes, condition), self.plan.predicted
-        if not bool(predicted.all()):
-            logits, codes = logits[:, predicted], codes[:, predicted]
+        return self._mean_loss(self.logits(codes, condition), codes, condition, weights)
+
+    def _mean_loss(
+        self, logits: Tensor, codes: Tensor, condition: Given | None, weights: Tensor | None
+    ) -> Tensor:
+        if weights is not None and tuple(weights.shape) not in (tuple(codes.shape), tuple(codes.shape[1:])):
+            raise TokenloomError(
+                f"weights must be (N,) or (B, N) for codes {tuple(codes.shape)}, got {tuple(weights.shape)}."
+            )
         flat, targets = logits.float().flatten(0, 1), codes.flatten() + self.special
+        losses = F.cross_entropy(flat, targets, reduction="none").view_as(codes)
+        if weights is not None:
+            losses = losses * weights.to(losses)
+        losses = losses[:, self.plan.predicted.to(losses.device)].mean(1)
         counted = self.condition.counted(condition)
         if counted is None:
-            return F.cross_entropy(flat, targets)
-        losses = F.cross_entropy(flat, targets, reduction="none").view_as(codes).mean(1)
+            return losses.mean()
         counts = counted.to(losses)
         return (losses * counts).sum() / counts.sum().clamp(min=1)
 
-    def forward(self, codes: Tensor, condition: Given | None = None) -> Tensor:
-        """`loss(codes, condition)`, the training forward."""
-        return self.loss(codes, condition)
+    def forward(self, codes: Tensor, condition: Given | None = None, **options: Any) -> Tensor:
+        """`loss(codes, condition, ...)`, the training forward."""
+        return self.loss(codes, condition, **options)
 
     # ---- generation -------------------------------------------------------------------------------------------------
 

@@ -26,11 +26,8 @@ from tokenloom.generators.base import Generator, Run, Step, TokenTable
 from tokenloom.generators.conditions import Given
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import RowPlan
+from tokenloom.generators.reveal import REVEALS, confidence_score, random_score, surest
 from tokenloom.generators.sampling import Sampling
-from tokenloom.rng import gumbel, noise
-
-REVEALS = ("confidence", "random", "order")
-_REVEAL_NOISE_ID = 0xFFFFFFFE  # vocabulary id reserved for choosing positions; no code shares its noise
 
 
 @dataclass(frozen=True)
@@ -295,10 +292,7 @@ class MaskedGenerator(Generator):
             ids = self._sample(logits, run.seeds, counter, sampling, index)
             score = self._score(logits, ids, run.seeds, counter, sampling, index)
             left = unknown * (size - part.stop) // size
-            ranks = (
-                score.masked_fill(~hidden, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-            )
-            chosen = hidden & (ranks < hidden.sum(1, keepdim=True) - left)
+            chosen = surest(score, hidden, left)
             codes, hidden = torch.where(chosen, ids, codes), hidden & ~chosen
             if run.on_step is not None:
                 run.on_step(Step(index, order.num_steps, codes, ~hidden.any(0).cpu()))
@@ -311,11 +305,7 @@ class MaskedGenerator(Generator):
         if self.rule.reveal == "order":
             return -self.order.inverse.to(ids.device).expand_as(ids).float()
         if self.rule.reveal == "random":
-            places = torch.arange(len(counter), device=counter.device)
-            return noise(seeds[:, None], places, _REVEAL_NOISE_ID)
-        confidence = logits.float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+            return random_score(seeds, torch.arange(len(counter), device=counter.device))
         fading = 1 - (visit + 1) / self.order.num_steps
         strength = self.rule.choice_temperature * fading if sampling.temperature != 0 else 0.0
-        if strength == 0:
-            return confidence
-        return confidence + strength * gumbel(seeds[:, None], counter, _REVEAL_NOISE_ID)
+        return confidence_score(logits, ids, seeds, counter, strength)
