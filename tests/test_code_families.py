@@ -1,4 +1,4 @@
-"""Every family of generators of codes learns 16 real sequences by heart, and says them again.
+"""Every family of generators of codes: 16 real sequences learned by heart, likelihoods that add up, rungs that agree.
 
 The sequences are crops of the bundled photograph through the bundled tokenizer, its codes renumbered from 0. A class label
 names the sequence. Clips, frames and scales are cut from the same codes, so that their statistics are those of pictures.
@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenloom.generators import (
     BlockDiffusionGenerator,
     Generator,
+    Guidance,
     NextBlockGenerator,
     NextNeighborGenerator,
     NextScaleGenerator,
@@ -181,3 +182,35 @@ def test_teacher_forced_loss_is_the_sum_of_the_steps(name: str, monkeypatch: pyt
     count = COUNT * int(model.plan.predicted.sum())
     torch.testing.assert_close(model.loss(made, labels).double(), total / count, rtol=1e-5, atol=1e-5)
     assert total / count > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rungs_agree(name: str) -> None:
+    """Token for token with sampling, guidance and kept positions; a sample depends on its own seed alone."""
+    family = FAMILIES[name]
+    codes, labels = sequences(family.order.layout), torch.arange(COUNT)
+    model = build(family, codes).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.requires_grad:
+            parameter.normal_(std=0.3)
+    keep = torch.arange(codes.shape[1]) % 3 == 0
+    given = ~model.plan.predicted
+    for batch, guidance, sampling, kept in (
+        (1, 1.0, Sampling(), True),
+        (5, Guidance(3.0, "linear"), Sampling(temperature=0.8, top_k=9), True),
+        (5, 2.5, Sampling(top_p=0.9), False),
+    ):
+        options: dict[str, Any] = {"guidance": guidance, "sampling": sampling}
+        seeds = [900 + 7 * index for index in range(batch)]
+        if kept or bool(given.any()):
+            options |= {"keep": given | keep if kept else given}
+        known = {"known": codes[:batch]} if "keep" in options else {}
+        cached = model.generate(labels[:batch], seeds=seeds, decode="cached", **options, **known)
+        reference = model.generate(labels[:batch], seeds=seeds, decode="reference", **options, **known)
+        assert torch.equal(cached, reference)
+        if known:
+            assert torch.equal(cached[:, options["keep"]], codes[:batch][:, options["keep"]])
+        last = {"known": codes[batch - 1 : batch]} if known else {}
+        alone = model.generate(labels[batch - 1 : batch], seeds=seeds[-1:], **options, **last)
+        assert torch.equal(alone, cached[-1:])
