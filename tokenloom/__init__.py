@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BlockDiffusionGenerator": "tokenloom.generators.block_diffusion",
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
+    "MaskedGenerator": "tokenloom.generators.masked",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from tokenloom.errors import TokenloomError as TokenloomError
     from tokenloom.generators import orders as orders
     from tokenloom.generators.base import Generator as Generator
+    from tokenloom.generators.block_diffusion import BlockDiffusionGenerator as BlockDiffusionGenerator
+    from tokenloom.generators.masked import MaskedGenerator as MaskedGenerator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
     from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
@@ -56,11 +60,13 @@ if TYPE_CHECKING:
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
+    "BlockDiffusionGenerator",
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",
     "ImageVQTokenizer",
     "Layout",
+    "MaskedGenerator",
     "ModelMixin",
     "NextBlockGenerator",
     "NextNeighborGenerator",

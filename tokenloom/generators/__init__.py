@@ -10,9 +10,11 @@ from tokenloom.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "BlockDiffusionGenerator": "block_diffusion",
         "CaptionFeatures": "conditions",
         "Generator": "base",
         "Guidance": "sampling",
+        "MaskedGenerator": "masked",
         "NextBlockGenerator": "next_block",
         "NextNeighborGenerator": "next_neighbor",
         "NextScaleGenerator": "next_scale",

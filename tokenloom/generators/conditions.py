@@ -147,7 +147,7 @@ class ClassCondition(Condition):
         """Labels must be integers in 0..num_classes."""
         if not isinstance(condition, Tensor) or condition.ndim != 1 or condition.is_floating_point():
             raise TokenloomError(
-                f"Class labels must be an integer tensor of shape (B,), got {_describe(condition)}."
+                f"Class labels must be an integer tensor of shape (B,), got {describe(condition)}."
             )
         last = self.num_classes - (not self.null_class)
         if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) <= last:
@@ -190,7 +190,7 @@ class WordCondition(Condition):
         good = isinstance(condition, Tensor) and not condition.is_floating_point()
         if not good or condition.ndim != 2 or condition.shape[1] != self.length:
             raise TokenloomError(
-                f"Word ids must be an integer tensor of shape (B, {self.length}), got {_describe(condition)}."
+                f"Word ids must be an integer tensor of shape (B, {self.length}), got {describe(condition)}."
             )
         if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) < self.vocabulary:
             raise TokenloomError(
@@ -232,7 +232,7 @@ class TokenCondition(Condition):
         if not good or condition.shape[1:] != ((self.ids,) if condition.ndim == 2 or self.ids != 1 else ()):
             shape = "(B,)" if self.ids == 1 else f"(B, {self.ids})"
             raise TokenloomError(
-                f"The condition must be an integer tensor of shape {shape}, got {_describe(condition)}."
+                f"The condition must be an integer tensor of shape {shape}, got {describe(condition)}."
             )
         if condition.numel() and not -1 <= int(condition.min()) <= int(condition.max()) < self.vocabulary:
             raise TokenloomError(
@@ -281,13 +281,13 @@ class FeatureCondition(Condition):
         """Features must be floating and (B, P, F), masks (B, P) with a true last column."""
         if not isinstance(condition, CaptionFeatures):
             raise TokenloomError(
-                f"This generator takes CaptionFeatures(features, mask), got {_describe(condition)}."
+                f"This generator takes CaptionFeatures(features, mask), got {describe(condition)}."
             )
         features, mask, valid = condition.features, condition.mask, condition.valid
         if not features.is_floating_point() or features.ndim != 3 or features.shape[1:] != self.absent.shape:
             raise TokenloomError(
                 f"Caption features must be floating, of shape (B, {self.length}, {self.features}), "
-                f"got {_describe(features)}."
+                f"got {describe(features)}."
             )
         if mask is not None and mask.shape != features.shape[:2]:
             raise TokenloomError(f"The mask must be {tuple(features.shape[:2])}, got {tuple(mask.shape)}.")
@@ -314,7 +314,8 @@ class FeatureCondition(Condition):
         return self.down(F.gelu(hidden, approximate="tanh"))
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value in an error message: dtype and shape of a tensor, else its repr."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 

@@ -223,6 +223,34 @@ class TextConfig:
 
 
 @dataclass(kw_only=True)
+class GeneratorLossConfig:
+    """Published details of training a generator, all off by default.
+
+    Attributes:
+        step_weights: Weight of the loss of each step of the order (a scale, a block, ...); empty for 1.
+        progressive: Share of the training in which later steps join the loss one after the other (VAR's progressive
+            scales); 0 for none.
+        progressive_first: Steps in the loss at the start of it.
+        growth: Block sizes of the order "blocks", each for an equal part of the share `growth_share`, the last one for the
+            rest (NBDiff: 1, 2, 4, ...); empty for none.
+        growth_share: Share of the training in which blocks grow.
+    """
+
+    step_weights: list[float] = field(default_factory=list)
+    progressive: float = 0.0
+    progressive_first: int = 1
+    growth: list[Any] = field(default_factory=list)
+    growth_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for index, weight in enumerate(self.step_weights):
+            _check_range(f"loss.step_weights[{index}]", weight, 0)
+        _check_range("loss.progressive", self.progressive, 0, 1)
+        _check_range("loss.progressive_first", self.progressive_first, 1)
+        _check_range("loss.growth_share", self.growth_share, 0, 1)
+
+
+@dataclass(kw_only=True)
 class GeneratorConfig:
     """A generator training run: `tokenloom train CONFIG`.
 
@@ -230,8 +258,10 @@ class GeneratorConfig:
         output: Folder for checkpoints, samples, the log and the pipeline.
         tokenizer: Folder of the image tokenizer (as `train-tokenizer` writes it).
         data: Training pictures.
-        generator: "next_neighbor" or "next_token".
-        model: Options of the generator.
+        generator: Name of the generator, one of `tokenloom.training.families.FAMILIES`: "next_token", "next_neighbor",
+            "next_block", "block_diffusion", "next_scale" or "masked".
+        model: Options of the generator: "order", "order_options", "transformer", and its arguments.
+        loss: Published details of training.
         text: Captions.
         augment: Random changes to the pictures; codes of `views` changed copies are computed once.
         views: Copies of each picture whose codes are cached; the first is the unchanged picture.
@@ -246,6 +276,7 @@ class GeneratorConfig:
     data: DataConfig
     generator: str = "next_neighbor"
     model: dict[str, Any] = field(default_factory=dict)
+    loss: GeneratorLossConfig = field(default_factory=GeneratorLossConfig)
     text: TextConfig = field(default_factory=TextConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     views: int = 1

@@ -33,7 +33,8 @@ class VQ(Quantizer):
         dim: Width d of a code.
         normalize: `True`: unit-length inputs and codes (cosine lookup). `False`: Euclidean lookup. "inputs": unit-length
             inputs, codes as they are stored, chosen by the largest dot product; moving averages are written at unit
-            length (the cosine codebook of vector-quantize-pytorch).
+            length (the cosine codebook of vector-quantize-pytorch). "lookup": the code of the most similar direction,
+            with inputs and codes as they are (VAR's cosine variant, DAC).
         commitment: Weight of the commitment loss.
         ema_decay: Decay of the moving averages, or `None` for a gradient-trained codebook.
         revive_after: Batches without use before a code is revived; 0 = never.
@@ -70,8 +71,8 @@ class VQ(Quantizer):
             )
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise TokenloomError(f"ema_decay must lie in [0, 1) or be None, got {ema_decay}.")
-        if normalize not in (True, False, "inputs"):
-            raise TokenloomError(f"normalize must be True, False or 'inputs', got {normalize!r}.")
+        if normalize not in (True, False, "inputs", "lookup"):
+            raise TokenloomError(f"normalize must be True, False, 'inputs' or 'lookup', got {normalize!r}.")
         if entropy_temperature <= 0:
             raise TokenloomError(f"entropy_temperature must be above 0, got {entropy_temperature}.")
         self.codebook_size, self.dim = codebook_size, dim
@@ -88,6 +89,11 @@ class VQ(Quantizer):
             self.register_buffer("ema_count", torch.ones(codebook_size))
             self.register_buffer("ema_sum", self.codebook.detach().clone())
 
+    @property
+    def unit_inputs(self) -> bool:
+        """Whether vectors are brought to unit length before they are compared and coded."""
+        return self.normalize in (True, "inputs")
+
     def table(self) -> Tensor:
         """The (codebook_size, d) vectors used for lookup."""
         return F.normalize(self.codebook, dim=-1) if self.normalize is True else self.codebook
@@ -101,7 +107,7 @@ class VQ(Quantizer):
         """
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().flatten(0, -2)
-            flat = F.normalize(flat, dim=-1) if self.normalize else flat
+            flat = F.normalize(flat, dim=-1) if self.unit_inputs else flat
             if self.training:  # before the lookup: the backward pass needs the codebook unchanged
                 self._place(flat.detach())
             table = self.table().float()
@@ -123,6 +129,8 @@ class VQ(Quantizer):
     def _nearest(self, flat: Tensor, table: Tensor) -> Tensor:
         if self.normalize == "inputs":
             return (flat.detach() @ table.detach().T).argmax(1)
+        if self.normalize == "lookup":
+            return (F.normalize(flat.detach(), dim=-1) @ F.normalize(table.detach(), dim=-1).T).argmax(1)
         return nearest(flat, table)
 
     def _losses(self, flat: Tensor, chosen: Tensor, table: Tensor) -> dict[str, Tensor]:
@@ -144,9 +152,7 @@ class VQ(Quantizer):
     def _place(self, flat: Tensor) -> None:
         """Moves codes onto vectors of the batch (M, d): all of them at the first batch, dead ones later."""
         if self.kmeans_init and not bool(self.initialized):
-            centres = from_first_process(
-                kmeans(flat, self.codebook_size, self.kmeans_init, bool(self.normalize))
-            )
+            centres = from_first_process(kmeans(flat, self.codebook_size, self.kmeans_init, self.unit_inputs))
             self._move(torch.arange(self.codebook_size, device=flat.device), centres)
             self.initialized.fill_(True)
         if self.revive_after:
