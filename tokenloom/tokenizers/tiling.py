@@ -133,7 +133,9 @@ def encode_tiled(
         )
     pixels = tokenizer.any_pixels(media)
     check_values(pixels, tokenizer.pixel_range)
-    tiling = Tiling((pixels.shape[2], pixels.shape[3]), sides, min(sides) // 4 if overlap is None else overlap)
+    tiling = Tiling(
+        (pixels.shape[2], pixels.shape[3]), sides, min(sides) // 4 if overlap is None else overlap
+    )
     options = {} if num_tokens is None else {"num_tokens": num_tokens}
     parts = tiling.cut(pixels).flatten(0, 1).split(_TILES_AT_ONCE)
     codes = torch.cat([tokenizer.encode(part, **options) for part in parts])
