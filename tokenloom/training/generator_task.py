@@ -19,11 +19,12 @@ from tokenloom.generators import NextBlockGenerator, NextNeighborGenerator, Next
 from tokenloom.generators.base import Generator
 from tokenloom.media import save_image, sheet
 from tokenloom.pipelines.text_to_image import TextToImagePipeline
-from tokenloom.tokenizers.image_vq import ImageVQTokenizer
+from tokenloom.tokenizers.image import ImageTokenizer
+from tokenloom.tokenizers.pixels import rescale
 from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.training.augment import augment
 from tokenloom.training.config import GeneratorConfig
-from tokenloom.training.data import open_folder, open_tokenizer, to_float
+from tokenloom.training.data import open_folder, open_tokenizer, square_side, to_float
 from tokenloom.training.loop import Task
 
 GENERATORS: dict[str, type[Generator]] = {
@@ -36,7 +37,7 @@ _DEFAULT_ORDERS = {"next_token": "raster", "next_neighbor": "neighbors", "next_b
 
 @torch.no_grad()
 def cache_codes(
-    tokenizer: ImageVQTokenizer, pixels: Tensor, config: GeneratorConfig, batch_size: int = 256
+    tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorConfig, batch_size: int = 256
 ) -> Tensor:
     """Codes of all pictures, `config.views` copies each.
 
@@ -56,7 +57,8 @@ def cache_codes(
         for batch in pixels.split(batch_size):
             values = to_float(batch)
             values = augment(values, config.augment, generator) if view else values
-            parts.append(tokenizer.encode(values.to(tokenizer.device)).int().cpu())
+            values = rescale(values.to(tokenizer.device), (-1.0, 1.0), tokenizer.pixel_range)
+            parts.append(tokenizer.encode(values).int().cpu())
         views.append(torch.cat(parts))
     return torch.stack(views, dim=1)
 
@@ -71,7 +73,7 @@ class GeneratorTask(Task):
         set_seed(config.loop.seed)
         self.tokenizer = open_tokenizer(config.tokenizer).eval()
         self.tokenizer.to(PartialState().device)
-        folder = open_folder(config.data, self.tokenizer.image_size)
+        folder = open_folder(config.data, square_side(self.tokenizer))
         self.captions = folder.captions
         if not any(item.text for item in self.captions):
             raise TokenloomError(
