@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tokenloom import ImageScaleTokenizer, Layout, TokenloomError
 from tokenloom.tokenizers.quantizers import VQ, MultiScale
+from tokenloom.training.config import TokenizerConfig, load_config
 
 KINDS: dict[str, dict[str, Any]] = {
     "vq": {"quantizer_options": {"codebook_size": 64, "dim": 8, "normalize": False}},
@@ -78,18 +80,12 @@ def test_pictures_of_any_size(size):
     assert tokenizer.decode(codes[:, : tokenizer.lengths_of(size)[0]], size).shape == batch.shape
 
 
-def test_the_default_fits_four_megabytes_and_64_pixels():
+def test_the_recipe_fits_four_megabytes_and_64_pixels():
+    recipe = Path(__file__).parent.parent / "recipes" / "emoji64-scales.yaml"
     with torch.device("meta"):
-        tokenizer = ImageScaleTokenizer(
-            (1, 2, 3, 4, 6, 8),
-            32,
-            (1, 1, 2, 3),
-            1,
-            16,
-            quantizer_options={"codebook_size": 1024, "dim": 16, "normalize": False},
-        )
-    assert tokenizer.image_size == 64
-    assert sum(value.numel() for value in tokenizer.parameters()) * 2 < 4e6  # in bfloat16
+        tokenizer = ImageScaleTokenizer(**load_config(TokenizerConfig, recipe).model)
+    assert (tokenizer.image_size, tokenizer.layout.size) == (64, 130)
+    assert 1e6 < sum(value.numel() for value in tokenizer.parameters()) * 2 < 4e6  # bytes in bfloat16
 
 
 @pytest.mark.parametrize("kind", ["vq", "bsq", "simvq"])
