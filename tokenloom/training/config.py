@@ -166,6 +166,8 @@ class TokenizerLossConfig:
         perceptual_pretrained: Whether timm loads its published weights (needs them cached or a network).
         adversarial: PatchGAN hinge loss with adaptive weight.
         adversarial_start: First step of the adversarial loss.
+        lecam: LeCam regularisation of the discriminator, for small sets of pictures.
+        entropy: Weight of the quantizer's entropy loss, in the place of its own `entropy_weight`; `None` leaves that.
     """
 
     l1: float = 0.1
@@ -176,6 +178,8 @@ class TokenizerLossConfig:
     perceptual_pretrained: bool = True
     adversarial: float = 0.0
     adversarial_start: int = 5000
+    lecam: float = 0.0
+    entropy: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -185,20 +189,26 @@ class TokenizerConfig:
     Attributes:
         output: Folder for checkpoints, samples, the log and the model.
         data: Training pictures.
-        model: Options of `ImageVQTokenizer`.
+        tokenizer: Class of the tokenizer, a key of `tokenloom.tokenizers.registry.TOKENIZERS`: "image_vq", "image_cnn",
+            "image_scale".
+        model: Options of that class.
         loss: Loss weights.
         augment: Random changes to the pictures.
         loop: Optimisation.
-        init_from: Folder of a tokenizer whose weights training starts from.
+        init_from: Folder of a tokenizer that training starts from; its own class and options count, not those above.
+        freeze: Parts that stay as they are: "encoder", "quantizer", "decoder", or what names of parameters begin with. With
+            [encoder, quantizer] the decoder alone is trained, and codes do not change.
     """
 
     output: str
     data: DataConfig
+    tokenizer: str = "image_vq"
     model: dict[str, Any] = field(default_factory=dict)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     init_from: str | None = None
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

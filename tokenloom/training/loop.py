@@ -6,13 +6,14 @@ pictures, codes or models beyond that.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,14 @@ def _row_step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+def not_finite(values: Mapping[str, Tensor], prefix: str = "", most: int = 8) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, with a prefix; at most so many of them."""
+    names = (
+        name for name, value in values.items() if value.is_floating_point() and not value.isfinite().all()
+    )
+    return [f"{prefix}{name}" for name in itertools.islice(names, most)]
 
 
 class Trainer:
@@ -270,7 +279,8 @@ class Trainer:
                 with self.accelerator.autocast():
                     loss, logs = self.task.loss(self.model, batch, self.step)
                 if not torch.isfinite(loss):
-                    bad = [key for key, value in logs.items() if not torch.isfinite(value).all()]
+                    bad = not_finite({**logs, **{f"batch {key}": value for key, value in batch.items()}})
+                    bad += not_finite(dict(self.task.module.named_parameters()), "weight ")
                     raise TokenloomError(
                         f"The loss is {loss.item()} at step {self.step} (not finite: {', '.join(bad) or 'loss'}); "
                         "lower the learning rate or resume from the last checkpoint with another seed."
@@ -289,8 +299,10 @@ class Trainer:
     def _check_norm(self, norm: Tensor) -> None:
         """Stops before gradients that are not finite reach the weights; fp16 scaling skips such steps itself."""
         if self.accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):
+            named = self.task.module.named_parameters()
+            bad = not_finite({name: value.grad for name, value in named if value.grad is not None})
             raise TokenloomError(
-                f"The gradient norm is {float(norm)} at step {self.step}; lower the learning rate or resume from the "
+                f"The gradient norm is {float(norm)} at step {self.step} (not finite: {', '.join(bad) or 'norm'}); lower the learning rate or resume from the "
                 "last checkpoint with another seed."
             )
 
