@@ -18,6 +18,7 @@ from tokenloom.errors import TokenloomError, unknown_name
 
 _ADAPTERS: dict[str, str] = {
     "dar": "llamagen",
+    "himtok": "himtok",
     "llamagen": "llamagen",
     "llamagen_vq": "image_cnn",
     "maskgit_vqgan": "image_cnn",
@@ -26,6 +27,8 @@ _ADAPTERS: dict[str, str] = {
     "nar_video": "nar",
     "nbp": "nbp",
     "par": "par",
+    "tatitok": "titok",
+    "titok": "titok",
     "var": "var",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""

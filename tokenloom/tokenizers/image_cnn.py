@@ -6,7 +6,6 @@ Knows pixels, a convolutional encoder and decoder, and a quantizer. Knows nothin
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from tokenloom.errors import TokenloomError
 from tokenloom.layouts import Layout
 from tokenloom.tokenizers.base import Tokenizer
 from tokenloom.tokenizers.cnn import CNNConfig, CNNDecoder, CNNEncoder
+from tokenloom.tokenizers.pixels import check_pixels, check_values
 from tokenloom.tokenizers.quantizers import Quantized, make_quantizer
 
 Size = tuple[int, int]
@@ -98,37 +98,6 @@ class ImageCNNTokenizer(Tokenizer):
         """Rows and columns of codes of a picture of (height, width) pixels."""
         return math.ceil(size[0] / self.stride), math.ceil(size[1] / self.stride)
 
-    def _check_pixels(self, pixels: Tensor) -> None:
-        low, high = self.pixel_range
-        given = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else repr(type(pixels))
-        if (
-            not isinstance(pixels, Tensor)
-            or not pixels.is_floating_point()
-            or pixels.ndim != 4
-            or pixels.shape[1] != 3
-            or 0 in pixels.shape[2:]
-        ):
-            raise TokenloomError(
-                f"ImageCNNTokenizer expects float pixels of shape (B, 3, H, W) in [{low:g}, {high:g}], got {given}; "
-                "drop an alpha channel with pixels[:, :3] and scale bytes to the range."
-            )
-
-    def _check_values(self, pixels: Tensor) -> None:
-        if not pixels.numel():
-            return
-        low, high = self.pixel_range
-        least, most = (float(value) for value in pixels.detach().aminmax())
-        if not math.isfinite(least) or not math.isfinite(most):
-            raise TokenloomError(
-                "The pixels contain NaN or infinity; look for a division by zero before the tokenizer."
-            )
-        slack = 0.05 * (high - low)
-        if least < low - slack or most > high + slack:
-            warnings.warn(
-                f"Pixels lie in [{least:.3g}, {most:.3g}], but this tokenizer expects [{low:g}, {high:g}].",
-                stacklevel=3,
-            )
-
     def features(self, pixels: Tensor) -> Tensor:
         """Continuous vectors (B, N, d) in raster order before quantization of pixels (B, 3, H, W)."""
         pixels = pixels.to(self.encoder.conv_in.weight.dtype)
@@ -147,7 +116,7 @@ class ImageCNNTokenizer(Tokenizer):
 
     def quantize(self, pixels: Tensor) -> Quantized:
         """Codes, vectors, losses and statistics of pixels (B, 3, H, W) in `pixel_range`."""
-        self._check_pixels(pixels)
+        check_pixels(type(self).__name__, pixels, self.pixel_range)
         return self.quantizer.encode(self.features(pixels))
 
     @torch.no_grad()
@@ -157,8 +126,8 @@ class ImageCNNTokenizer(Tokenizer):
         Raises:
             TokenloomError: For anything but float pixels of three channels, or NaN. A wrong range is a warning.
         """
-        self._check_pixels(pixels)
-        self._check_values(pixels)
+        check_pixels(type(self).__name__, pixels, self.pixel_range)
+        check_values(pixels, self.pixel_range)
         return self.quantize(pixels).codes
 
     @torch.no_grad()
