@@ -99,5 +99,7 @@ def grid_of(family: str, state: Mapping[str, Tensor], part: str) -> int:
     patches = tensor(family, state, f"{part}.positional_embedding").shape[0] - 1
     side = round(patches**0.5)
     if side * side != patches or not side:
-        raise TokenloomError(f"The {part} of a {family!r} checkpoint needs a square grid, got {patches} patches.")
+        raise TokenloomError(
+            f"The {part} of a {family!r} checkpoint needs a square grid, got {patches} patches."
+        )
     return side

@@ -180,9 +180,7 @@ class ImageLineTokenizer(Tokenizer):
         Raises:
             TokenloomError: For anything but float pixels of that size, or NaN. A wrong range is a warning.
         """
-        check_pixels(
-            type(self).__name__, pixels, self.pixel_range, (self.image_size, self.image_size)
-        )
+        check_pixels(type(self).__name__, pixels, self.pixel_range, (self.image_size, self.image_size))
         check_values(pixels, self.pixel_range)
         return self.posterior(pixels).mean if self.continuous else self.quantize(pixels).codes
 
@@ -204,7 +202,9 @@ class ImageLineTokenizer(Tokenizer):
             vectors = self._check_vectors(codes).to(dtype)
         else:
             most = self.registers
-            count = codes.shape[1] if self.flexible and isinstance(codes, Tensor) and codes.ndim == 2 else most
+            count = (
+                codes.shape[1] if self.flexible and isinstance(codes, Tensor) and codes.ndim == 2 else most
+            )
             self.check_codes(codes, min(max(count, 1), most))
             vectors = self.quantizer.decode(codes.long()).to(dtype)
         if self.text_size is not None and text is None:
