@@ -18,8 +18,10 @@ _EXPORTS = {
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
+    "ImageLineTokenizer": "tokenloom.tokenizers.image_line",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
+    "MaskTokenizer": "tokenloom.tokenizers.mask",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
@@ -52,15 +54,19 @@ if TYPE_CHECKING:
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
+    from tokenloom.tokenizers.image_line import ImageLineTokenizer as ImageLineTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
+    from tokenloom.tokenizers.mask import MaskTokenizer as MaskTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",
+    "ImageLineTokenizer",
     "ImageVQTokenizer",
     "Layout",
+    "MaskTokenizer",
     "ModelMixin",
     "NextBlockGenerator",
     "NextNeighborGenerator",

@@ -12,10 +12,18 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "FSQ": "quantizers",
         "ImageCNNTokenizer": "image_cnn",
+        "ImageLineTokenizer": "image_line",
         "ImageVQTokenizer": "image_vq",
+        "MaskTokenizer": "mask",
+        "MaskWords": "mask_words",
         "Quantized": "quantizers",
         "Tokenizer": "base",
         "VQ": "quantizers",
         "WordTokenizer": "text",
+        "boxes_to_codes": "boxes",
+        "codes_to_boxes": "boxes",
+        "mask_to_rle": "mask_formats",
+        "masks_to_boxes": "boxes",
+        "rle_to_mask": "mask_formats",
     },
 )
