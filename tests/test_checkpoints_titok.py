@@ -112,7 +112,9 @@ def test_sizes_follow_from_the_weights():
     assert tokenizer.image_size == values["input.image"].shape[-1] == 48
     assert tokenizer.layout == Layout.line(6)
     assert tokenizer.text_size == (5, 20)
-    shapes = [(part.blocks[0].attention.heads, len(part.blocks)) for part in (tokenizer.encoder, tokenizer.decoder)]
+    shapes = [
+        (part.blocks[0].attention.heads, len(part.blocks)) for part in (tokenizer.encoder, tokenizer.decoder)
+    ]
     assert shapes == [(2, 2), (4, 3)]
 
 
