@@ -155,7 +155,7 @@ def test_weights_that_do_not_fit_are_all_named():
         from_official("himtok", {key: value for key, value in state.items() if key != gone[1]}, config)
     with pytest.raises(TokenloomError, match=r"Unknown keys \(1\): sam"):
         from_official("himtok", state | {"sam": torch.zeros(1)}, config)
-    with pytest.raises(TokenloomError, match="'mask_token'|mask_token"):
+    with pytest.raises(TokenloomError, match="mask_token"):
         from_official("himtok", state | {"decoder.mask_token": torch.zeros(1, 2, 32)}, config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tokenloom import ImageLineTokenizer, Layout, TokenloomError
 from tokenloom.testing import check_tokenizer
+from tokenloom.tokenizers.quantizers import VQ
 from tokenloom.tokenizers.registers import RegisterConfig, causal_registers, keep_first
 
 SMALL = {"width": 24, "depth": 2, "heads": 2, "patch": 4}
@@ -28,7 +30,12 @@ def build(**options: object) -> ImageLineTokenizer:
     }
     tokenizer = ImageLineTokenizer(**{**settings, **options}).eval()  # type: ignore[arg-type]
     with torch.no_grad():
-        tokenizer.encoder.patch_embed.weight *= 8  # so that random weights tell pictures apart
+        tokenizer.encoder.patch_embed.weight *= 8
+        if isinstance(
+            tokenizer.quantizer, VQ
+        ):  # codes near the data, so that random weights tell pictures apart
+            places = tokenizer.features(tokenizer.pixel_range[1] * pictures(11).abs()).flatten(0, 1)
+            tokenizer.quantizer.codebook.copy_(places[: len(tokenizer.quantizer.codebook)])
     return tokenizer
 
 
@@ -65,16 +72,16 @@ def test_shapes_and_figures():
     assert output.shape == (3, 3, 16, 16)
     assert output.abs().max() <= 1
     free = build(clamp=False)
-    assert torch.equal(free.paint_vectors(free.quantizer.decode(codes)), free.decode(codes))
+    torch.testing.assert_close(free.paint_vectors(free.quantizer.decode(codes)), free.decode(codes))
 
 
 def test_the_first_codes_of_a_flexible_tokenizer_do_not_know_how_many_follow():
     tokenizer = build(flexible=True)
     before = tokenizer.features(pictures(2))
     with torch.no_grad():
-        tokenizer.encoder.registers[3:] += 1
+        tokenizer.encoder.registers[3:] += torch.randn(3, 24)
     after = tokenizer.features(pictures(2))
-    assert torch.equal(before[:, :3], after[:, :3])
+    torch.testing.assert_close(before[:, :3], after[:, :3], atol=1e-5, rtol=1e-5)
     assert (before[:, 3:] - after[:, 3:]).abs().amax((0, 2)).min() > 1e-4
 
 
@@ -85,7 +92,7 @@ def test_any_prefix_of_a_flexible_tokenizer_decodes():
     outputs = [tokenizer.decode(codes[:, :count]) for count in range(1, 7)]
     for count, output in enumerate(outputs, 1):
         torch.testing.assert_close(output, tokenizer.paint_vectors(z, kept=torch.tensor([count, count])))
-    assert all((a - b).abs().max() > 1e-4 for a, b in zip(outputs, outputs[1:], strict=False))
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.pairwise(outputs))
     with pytest.raises(TokenloomError, match=r"\(B, 6\)"):
         tokenizer.decode(codes[:, :0])
 
@@ -174,7 +181,9 @@ def test_files(tmp_path):
     tokenizer, text = build(**options), torch.randn(2, 3, 5)
     tokenizer.save_pretrained(tmp_path)
     again = ImageLineTokenizer.from_pretrained(tmp_path)
-    assert torch.equal(again.reconstruct(pictures(2), text), tokenizer.reconstruct(pictures(2), text))
+    torch.testing.assert_close(
+        again.reconstruct(pictures(2), text), tokenizer.reconstruct(pictures(2), text), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_mask_of_causal_registers():
@@ -236,7 +245,7 @@ def test_bad_codes(codes):
         ({"encoder_config": {"widht": 8}}, "Did you mean 'width'"),
         ({"encoder_config": {**SMALL, "patch": 5}}, "multiple of the patch"),
         ({"decoder_config": {**SMALL, "depth": 0}}, "at least 1"),
-        ({"registers": 0}, "register"),
+        ({"registers": 0}, "positive integer"),
         ({"flexible": True, "scrambled": True}, "not both"),
         ({"pixel_config": {**PIXEL, "multipliers": [1, 2]}}, "change patch"),
         ({"pixel_config": {"code": 3}}, "pixel_config"),

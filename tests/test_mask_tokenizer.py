@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -113,16 +114,16 @@ def test_any_prefix_decodes():
     for count, output in enumerate(outputs, 1):
         torch.testing.assert_close(output, tokenizer.decode(codes[:, :count]))
         torch.testing.assert_close(output, tokenizer(shapes(2), torch.tensor([count, count]))[0])
-    assert all((a - b).abs().max() > 1e-4 for a, b in zip(outputs, outputs[1:], strict=False))
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.pairwise(outputs))
 
 
 def test_the_first_codes_do_not_know_how_many_follow():
     tokenizer = build()
     before = tokenizer.features(shapes(2))
     with torch.no_grad():
-        tokenizer.encoder.registers[2:] += 1
+        tokenizer.encoder.registers[2:] += torch.randn(4, 24)
     after = tokenizer.features(shapes(2))
-    assert torch.equal(before[:, :2], after[:, :2])
+    torch.testing.assert_close(before[:, :2], after[:, :2], atol=1e-5, rtol=1e-5)
     assert (before[:, 2:] - after[:, 2:]).abs().amax((0, 2)).min() > 1e-4
 
 
@@ -191,7 +192,9 @@ def test_files(tmp_path):
     tokenizer = build(pixel_config=PIXEL, levels=4)
     tokenizer.save_pretrained(tmp_path)
     again = MaskTokenizer.from_pretrained(tmp_path)
-    assert torch.equal(again.reconstruct(shapes(2)), tokenizer.reconstruct(shapes(2)))
+    torch.testing.assert_close(
+        again.reconstruct(shapes(2)), tokenizer.reconstruct(shapes(2)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_default_is_a_small_model():
@@ -263,7 +266,7 @@ def test_bad_probabilities():
         ({"pixel_config": {"chanels": 8}}, "pixel_config"),
         ({"image_size": 18}, "multiple of the patch"),
         ({"quantizer_options": {"size": 8}}, "quantizer_options"),
-        ({"levels": 0}, "register"),
+        ({"levels": 0}, "positive integer"),
     ],
 )
 def test_bad_options(options, message):

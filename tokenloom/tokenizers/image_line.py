@@ -201,11 +201,7 @@ class ImageLineTokenizer(Tokenizer):
         if self.quantizer is None:
             vectors = self._check_vectors(codes).to(dtype)
         else:
-            most = self.registers
-            count = (
-                codes.shape[1] if self.flexible and isinstance(codes, Tensor) and codes.ndim == 2 else most
-            )
-            self.check_codes(codes, min(max(count, 1), most))
+            self.check_codes(codes, self._count(codes))
             vectors = self.quantizer.decode(codes.long()).to(dtype)
         if self.text_size is not None and text is None:
             warnings.warn(
@@ -255,6 +251,11 @@ class ImageLineTokenizer(Tokenizer):
             kept = torch.randint(1, self.registers + 1, pixels.shape[:1], device=pixels.device)
         z = quantized.z_q.to(self.decoder.embed.weight.dtype)
         return self.paint_vectors(z, text, kept), quantized
+
+    def _count(self, codes: Tensor) -> int:
+        """How many codes a picture shall have: as many as are given where any prefix decodes."""
+        given = codes.shape[1] if isinstance(codes, Tensor) and codes.ndim == 2 else 0
+        return given if self.flexible and 1 <= given <= self.registers else self.registers
 
     def _check_vectors(self, vectors: Tensor) -> Tensor:
         dim = self.decoder.embed.in_features
