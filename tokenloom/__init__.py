@@ -23,6 +23,8 @@ _EXPORTS = {
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
     "MaskedGenerator": "tokenloom.generators.masked",
+    "ImageLineTokenizer": "tokenloom.tokenizers.image_line",
+    "MaskTokenizer": "tokenloom.tokenizers.mask",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
@@ -57,8 +59,10 @@ if TYPE_CHECKING:
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
+    from tokenloom.tokenizers.image_line import ImageLineTokenizer as ImageLineTokenizer
     from tokenloom.tokenizers.image_scale import ImageScaleTokenizer as ImageScaleTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
+    from tokenloom.tokenizers.mask import MaskTokenizer as MaskTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
@@ -66,9 +70,11 @@ __all__ = [
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",
+    "ImageLineTokenizer",
     "ImageScaleTokenizer",
     "ImageVQTokenizer",
     "Layout",
+    "MaskTokenizer",
     "MaskedGenerator",
     "ModelMixin",
     "NextBlockGenerator",

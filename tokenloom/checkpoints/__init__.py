@@ -19,6 +19,7 @@ from tokenloom.errors import TokenloomError, unknown_name
 _ADAPTERS: dict[str, str] = {
     "dar": "llamagen",
     "infinity_bsq": "image_scale",
+    "himtok": "himtok",
     "llamagen": "llamagen",
     "llamagen_vq": "image_cnn",
     "maskgit_vqgan": "image_cnn",
@@ -27,6 +28,8 @@ _ADAPTERS: dict[str, str] = {
     "nar_video": "nar",
     "nbp": "nbp",
     "par": "par",
+    "tatitok": "titok",
+    "titok": "titok",
     "var": "var",
     "var_vq": "image_scale",
 }

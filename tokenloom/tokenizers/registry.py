@@ -17,6 +17,7 @@ from tokenloom.tokenizers.image import ImageTokenizer
 
 TOKENIZERS: dict[str, str | type[ImageTokenizer]] = {
     "image_cnn": "tokenloom.tokenizers.image_cnn.ImageCNNTokenizer",
+    "image_line": "tokenloom.tokenizers.image_line.ImageLineTokenizer",
     "image_scale": "tokenloom.tokenizers.image_scale.ImageScaleTokenizer",
     "image_vq": "tokenloom.tokenizers.image_vq.ImageVQTokenizer",
 }
