@@ -11,9 +11,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "CaptionFeatures": "conditions",
+        "ContinuousGenerator": "continuous",
+        "Denoising": "continuous",
         "Generator": "base",
         "Guidance": "sampling",
         "NextBlockGenerator": "next_block",
+        "LatentStep": "continuous",
+        "NextCellGenerator": "next_cell",
         "NextNeighborGenerator": "next_neighbor",
         "NextScaleGenerator": "next_scale",
         "NextTokenGenerator": "next_token",
