@@ -155,7 +155,7 @@ class NextCellGenerator(ContinuousGenerator):
             the noisy cells before it.
         """
         self._check_times(times, noisy)
-        return self._velocity(noisy, times, condition, self._training_prefix(condition, len(noisy), 0.0))
+        return self._velocity(noisy, times, condition, self._taught_prefix(condition, len(noisy)))
 
     def _velocity(self, noisy: Tensor, times: Tensor, condition: Given | None, prefix: Tensor) -> Tensor:
         order, plan, device = self.order, self.plan, noisy.device
@@ -251,7 +251,7 @@ class NextCellGenerator(ContinuousGenerator):
             times = torch.sigmoid(rule.time_mean + rule.time_std * times)
         self._check_times(times, latents)
         noisy = self._mix(latents, noise, times)
-        prefix = self._training_prefix(condition, batch, rule.label_drop)
+        prefix = self._taught_prefix(condition, batch, rule.label_drop)
         predicted = self._velocity(noisy, times, condition, prefix)
         return F.mse_loss(predicted.float(), (noise - latents).float())
 
@@ -335,13 +335,14 @@ class NextCellGenerator(ContinuousGenerator):
         known, keep = start, torch.zeros_like(start[..., :1], dtype=torch.bool)
         if run.kept is not None:
             known, keep = run.kept[0][:, positions], run.kept[1][:, positions, None]
+            if bool(keep.all()):
+                return known
         solver = make_solver(run.sampling.solver, run.sampling.steps, run.sampling.temperature)
         for turn, time in enumerate(solver.times):
-            if bool(keep.all()):
-                break
             x = torch.where(keep, (1 - time) * known + time * start, x)
             velocity = self._guided_velocity(run, x, index, time, scale)
             x = solver.step(x, velocity, turn, lambda draw: run.noise(positions, draw))
+        self._check_finite(x, index)
         return torch.where(keep, known, x)
 
     def _guided_velocity(self, run: _Run, x: Tensor, index: int, time: float, scale: float) -> Tensor:
@@ -349,8 +350,10 @@ class NextCellGenerator(ContinuousGenerator):
         both = scale != 1 and len(run.prefix) > len(x)
         hidden = self._run_cell(run, x.repeat(2, 1, 1) if both else x, index, time, commit=False)
         velocity = self.head(hidden).float()
-        self._check_finite(velocity, index)
-        return guide(*velocity.chunk(2), scale) if both else velocity
+        if not both:
+            return velocity
+        conditional, null = velocity.chunk(2)
+        return guide(conditional, null, scale)
 
     def _run_cell(self, run: _Run, cell: Tensor, index: int, time: float, commit: bool) -> Tensor:
         """Hidden states (b, n, D) of the cell of a step; b may be the conditional half alone."""
