@@ -397,11 +397,12 @@ def test_bad_configurations(options: dict[str, Any], message: str) -> None:
         make(**options)
 
 
-def test_no_condition_needs_a_row() -> None:
-    with pytest.raises(TokenloomError, match="at least one row"):
-        NextCellGenerator(
-            SQUARE.to_config(), 3, {"width": 8, "heads": 2, "depth": 1}, {"kind": "none", "length": 0}
-        )
+@pytest.mark.parametrize(
+    "condition", [{"kind": "none", "length": 0}, {"kind": "tokens", "vocabulary": 3, "ids": 1, "offset": 1}]
+)
+def test_conditions_that_do_not_fit(condition: dict[str, Any]) -> None:
+    with pytest.raises(TokenloomError, match="at least one row, and has no token table"):
+        NextCellGenerator(SQUARE.to_config(), 3, {"width": 8, "heads": 2, "depth": 1}, condition)
 
 
 @pytest.mark.parametrize(

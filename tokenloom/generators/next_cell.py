@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tokenloom.errors import TokenloomError, check_options
 from tokenloom.generators import decoding
 from tokenloom.generators.arguments import check_batch
-from tokenloom.generators.conditions import Given, make_condition
+from tokenloom.generators.conditions import Condition, Given, make_condition
 from tokenloom.generators.continuous import (
     ContinuousGenerator,
     Denoising,
@@ -109,9 +109,10 @@ class NextCellGenerator(ContinuousGenerator):
         if decoder_config is not None:
             configs.append(TransformerConfig.from_dict({**first, "condition_width": width, **decoder_config}))
         self.condition = make_condition(condition_config, width)
-        if not self.condition.length:
+        if not self.condition.length or type(self.condition).forward is Condition.forward:
             raise TokenloomError(
-                "NextCellGenerator needs a condition of at least one row; give 'none' length 1."
+                "NextCellGenerator needs a condition of at least one row, and has no token table: 'class', 'words', "
+                f"'features', or 'none' of length 1; got {condition_config!r}."
             )
         self.words = self.condition.length if self.condition.length > 1 else 0  # prefix rows that are fed
         self.plan = cell_plan(self.order, self.words, causal_prefix)
@@ -151,7 +152,7 @@ class NextCellGenerator(ContinuousGenerator):
             condition: What the model's condition takes; `None` is the null condition.
 
         Returns:
-            (B, N, C) in layout order, the prediction of noise - latents (xAR, eq. 3). A cell depends on itself and on
+            (B, N, C) in layout order, the prediction of noise - latents. A cell depends on itself and on
             the noisy cells before it.
         """
         self._check_times(times, noisy)
@@ -234,7 +235,7 @@ class NextCellGenerator(ContinuousGenerator):
         noise: Tensor | None = None,
         times: Tensor | None = None,
     ) -> Tensor:
-        """Flow-matching loss: mean squared error of the velocities (xAR, eq. 4), a scalar.
+        """Flow-matching loss: mean squared error of the velocities, a scalar.
 
         Args:
             latents: Floating (B, N, C) in layout order, of about unit variance.
