@@ -16,17 +16,19 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "BlockDiffusionGenerator": "tokenloom.generators.block_diffusion",
+    "Denoising": "tokenloom.generators.continuous",
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
+    "ImageLineTokenizer": "tokenloom.tokenizers.image_line",
     "ImageScaleTokenizer": "tokenloom.tokenizers.image_scale",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
-    "MaskedGenerator": "tokenloom.generators.masked",
-    "ImageLineTokenizer": "tokenloom.tokenizers.image_line",
     "MaskTokenizer": "tokenloom.tokenizers.mask",
+    "MaskedGenerator": "tokenloom.generators.masked",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
+    "NextCellGenerator": "tokenloom.generators.next_cell",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
     "NextScaleGenerator": "tokenloom.generators.next_scale",
     "NextTokenGenerator": "tokenloom.generators.next_token",
@@ -47,8 +49,10 @@ if TYPE_CHECKING:
     from tokenloom.generators import orders as orders
     from tokenloom.generators.base import Generator as Generator
     from tokenloom.generators.block_diffusion import BlockDiffusionGenerator as BlockDiffusionGenerator
+    from tokenloom.generators.continuous import Denoising as Denoising
     from tokenloom.generators.masked import MaskedGenerator as MaskedGenerator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
+    from tokenloom.generators.next_cell import NextCellGenerator as NextCellGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
     from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
     from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
@@ -67,6 +71,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockDiffusionGenerator",
+    "Denoising",
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",
@@ -78,6 +83,7 @@ __all__ = [
     "MaskedGenerator",
     "ModelMixin",
     "NextBlockGenerator",
+    "NextCellGenerator",
     "NextNeighborGenerator",
     "NextScaleGenerator",
     "NextTokenGenerator",

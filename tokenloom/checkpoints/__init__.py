@@ -32,6 +32,7 @@ _ADAPTERS: dict[str, str] = {
     "titok": "titok",
     "var": "var",
     "var_vq": "image_scale",
+    "xar": "xar",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 
