@@ -190,8 +190,8 @@ def test_bsq_counts_many_bits_and_its_gradient_is_finite():
 def test_binary_quantizers_refuse_what_does_not_work():
     with pytest.raises(TokenloomError, match="factorised"):
         LFQ(20)
-    with pytest.raises(TokenloomError, match="1 to 62 bits"):
-        BSQ(64)
+    with pytest.raises(TokenloomError, match="1 to 64 bits"):
+        BSQ(65)
     with pytest.raises(TokenloomError, match="'joint'"):
         LFQ(4, entropy="jont")
 

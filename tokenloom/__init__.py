@@ -18,6 +18,7 @@ _EXPORTS = {
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
+    "ImageScaleTokenizer": "tokenloom.tokenizers.image_scale",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
     "ModelMixin": "diffusers",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
+    from tokenloom.tokenizers.image_scale import ImageScaleTokenizer as ImageScaleTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
@@ -59,6 +61,7 @@ __all__ = [
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",
+    "ImageScaleTokenizer",
     "ImageVQTokenizer",
     "Layout",
     "ModelMixin",

@@ -18,6 +18,7 @@ from tokenloom.errors import TokenloomError, unknown_name
 
 _ADAPTERS: dict[str, str] = {
     "dar": "llamagen",
+    "infinity_bsq": "image_scale",
     "llamagen": "llamagen",
     "llamagen_vq": "image_cnn",
     "maskgit_vqgan": "image_cnn",
@@ -27,6 +28,7 @@ _ADAPTERS: dict[str, str] = {
     "nbp": "nbp",
     "par": "par",
     "var": "var",
+    "var_vq": "image_scale",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 

@@ -12,7 +12,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "FSQ": "quantizers",
         "ImageCNNTokenizer": "image_cnn",
+        "ImageScaleTokenizer": "image_scale",
+        "ImageTokenizer": "image",
         "ImageVQTokenizer": "image_vq",
+        "MultiScale": "quantizers",
         "Quantized": "quantizers",
         "Tokenizer": "base",
         "VQ": "quantizers",

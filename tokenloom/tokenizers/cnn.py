@@ -1,7 +1,8 @@
 """Convolutional encoder and decoder of image tokenizers: residual blocks at falling and rising resolution.
 
-Two published forms are built from the same parts. "taming" (Esser et al. 2021, as used by LlamaGen) has biases, attention at
-the lowest resolution and strided convolutions; "maskgit" (Chang et al. 2022) has none of the three. Knows feature maps;
+Three published forms are built from the same parts. "taming" (Esser et al. 2021, as used by LlamaGen and VAR) has biases,
+attention at the lowest resolution and strided convolutions; "flux" (as used by Infinity) is the same without attention;
+"maskgit" (Chang et al. 2022) has none of the three. Knows feature maps;
 knows nothing of codes, quantizers or files.
 """
 
@@ -41,6 +42,7 @@ class Form:
 
 FORMS = {
     "taming": Form(True, True, True, False, True, True),
+    "flux": Form(True, False, True, False, True, True),
     "maskgit": Form(False, False, False, True, False, False),
 }
 
