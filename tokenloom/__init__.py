@@ -18,7 +18,9 @@ _EXPORTS = {
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
+    "ImageFlexTokenizer": "tokenloom.tokenizers.image_flex",
     "ImageScaleTokenizer": "tokenloom.tokenizers.image_scale",
+    "ImageStepTokenizer": "tokenloom.tokenizers.image_step",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
     "ModelMixin": "diffusers",
@@ -53,7 +55,9 @@ if TYPE_CHECKING:
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
+    from tokenloom.tokenizers.image_flex import ImageFlexTokenizer as ImageFlexTokenizer
     from tokenloom.tokenizers.image_scale import ImageScaleTokenizer as ImageScaleTokenizer
+    from tokenloom.tokenizers.image_step import ImageStepTokenizer as ImageStepTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
@@ -61,7 +65,9 @@ __all__ = [
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",
+    "ImageFlexTokenizer",
     "ImageScaleTokenizer",
+    "ImageStepTokenizer",
     "ImageVQTokenizer",
     "Layout",
     "ModelMixin",

@@ -73,6 +73,14 @@ class Rename:
         }
 
 
+def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights themselves, of a published container that keeps them under "ema", "model" or "state_dict"."""
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(inside := state.get(key), Mapping):
+            return dict(inside)
+    return state
+
+
 def check_keys(
     family: str, state: Mapping[str, Tensor], renames: Iterable[Rename], derivable: Sequence[str] = DERIVABLE
 ) -> None:
