@@ -189,5 +189,5 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
 def to_official(family: str, module: nn.Module) -> dict[str, Tensor]:
     """The official state dict, with the history of chosen codes that it came with."""
     tokenizer: Any = module
-    used: Tensor | None = tokenizer.official_used
+    used: Tensor | None = getattr(tokenizer, "official_used", None)
     return unload(tokenizer, _renames(tokenizer)) | ({} if used is None else {_USED: used.clone()})

@@ -75,7 +75,7 @@ class ImageStepTokenizer(ImageTokenizer):
         self.image_size: int | Size = height if height == width else (height, width)
         self.layout, self.steps, self.clamp = Layout.line(registers), steps, clamp
         self.groups = groups or steps
-        self.group_size = group_size or registers // self.groups
+        self.group_size = group_size or registers // max(1, self.groups)
         rows = registers if rows is None else rows
         if min(steps, self.groups) < 1 or not 1 <= self.group_size <= registers <= rows:
             raise TokenloomError(
