@@ -20,8 +20,10 @@ _EXPORTS = {
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
+    "ImageFlexTokenizer": "tokenloom.tokenizers.image_flex",
     "ImageLineTokenizer": "tokenloom.tokenizers.image_line",
     "ImageScaleTokenizer": "tokenloom.tokenizers.image_scale",
+    "ImageStepTokenizer": "tokenloom.tokenizers.image_step",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
     "MaskTokenizer": "tokenloom.tokenizers.mask",
@@ -63,8 +65,10 @@ if TYPE_CHECKING:
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
+    from tokenloom.tokenizers.image_flex import ImageFlexTokenizer as ImageFlexTokenizer
     from tokenloom.tokenizers.image_line import ImageLineTokenizer as ImageLineTokenizer
     from tokenloom.tokenizers.image_scale import ImageScaleTokenizer as ImageScaleTokenizer
+    from tokenloom.tokenizers.image_step import ImageStepTokenizer as ImageStepTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
     from tokenloom.tokenizers.mask import MaskTokenizer as MaskTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
@@ -75,8 +79,10 @@ __all__ = [
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",
+    "ImageFlexTokenizer",
     "ImageLineTokenizer",
     "ImageScaleTokenizer",
+    "ImageStepTokenizer",
     "ImageVQTokenizer",
     "Layout",
     "MaskTokenizer",

@@ -18,6 +18,8 @@ from tokenloom.errors import TokenloomError, unknown_name
 
 _ADAPTERS: dict[str, str] = {
     "dar": "llamagen",
+    "dar_tokenizer": "dar_tokenizer",
+    "flextok": "flextok",
     "infinity_bsq": "image_scale",
     "himtok": "himtok",
     "llamagen": "llamagen",

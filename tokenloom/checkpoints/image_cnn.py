@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenloom.checkpoints._renames import Rename, load, tensor, unload
+from tokenloom.checkpoints._renames import Rename, load, tensor, unload, unwrap
 from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer
 
 _USED = "quantize.codebook_used"  # a history of chosen codes that LlamaGen keeps for its log
@@ -108,10 +108,7 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
 
     Weights that lie under "ema", "model" or "state_dict", as in published files, are taken from there.
     """
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(inside := state.get(key), Mapping):
-            state = dict(inside)
-            break
+    state = unwrap(state)
     llamagen = family == "llamagen_vq"
     codes, dim = tensor(family, state, "quantize.embedding.weight").shape
     quantizer: dict[str, object] = {"codebook_size": codes, "dim": dim, "normalize": False}

@@ -12,7 +12,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "FSQ": "quantizers",
         "ImageCNNTokenizer": "image_cnn",
+        "ImageFlexTokenizer": "image_flex",
         "ImageScaleTokenizer": "image_scale",
+        "ImageStepTokenizer": "image_step",
         "ImageTokenizer": "image",
         "ImageVQTokenizer": "image_vq",
         "MultiScale": "quantizers",
