@@ -238,6 +238,7 @@ class FlexDecoder(_Rows):
         width, area = config.width, channels * patch * patch
         flow = config.kind == "flow"
         super().__init__(config, area if flow else 0, patch, table)
+        self.shape = config
         self.flow, self.count = flow, registers
         self.from_code = nn.Linear(dim, width)
         self.missing = nn.Parameter(0.02 * torch.randn(width))
@@ -258,6 +259,12 @@ class FlexDecoder(_Rows):
             self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, area)
         self.reset_parameters()
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that paints the map."""
+        weight: nn.Parameter = (self.head if self.flow else self.paint).weight  # type: ignore[assignment]
+        return weight
 
     def registers(self, z_q: Tensor, keep: Tensor | None, dropped: Tensor | None = None) -> Tensor:
         """Register rows (B, N, D).
