@@ -105,7 +105,9 @@ def _shape(family: str, state: Mapping[str, Tensor], wrapper: str) -> dict[str, 
         return tensor(family, state, key if key in state else f"encoder.{name}.weight").shape[0]
 
     levels = {int(found[1]) for name in state if (found := re.match(r"encoder\.down\.(\d+)\.", name))}
-    blocks = {int(found[1]) for name in state if (found := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
+    blocks = {
+        int(found[1]) for name in state if (found := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))
+    }
     channels = width("conv_in")
     return {
         "channels": channels,
@@ -147,7 +149,9 @@ def _infinity_scales(config: Mapping[str, Any], stride: int) -> list[tuple[int, 
     """(height, width) of the scales: the configured ones, or the published ones that fit the picture."""
     if schedule := config.get("scale_schedule"):
         if any(entry[0] != 1 for entry in schedule if len(entry) == 3):
-            raise TokenloomError(f"scale_schedule must be that of a picture, one frame a scale, got {schedule}.")
+            raise TokenloomError(
+                f"scale_schedule must be that of a picture, one frame a scale, got {schedule}."
+            )
         return [(entry[-2], entry[-1]) for entry in schedule]
     side = config.get("image_size", 256) // stride
     if side not in _INFINITY_SCALES:

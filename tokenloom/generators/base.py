@@ -8,9 +8,7 @@ Legend: B samples, N positions, V vocabulary, P prefix rows, R rows, D width, J 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,80 +19,18 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators import decoding
-from tokenloom.generators.arguments import check_batch, diagnose
+from tokenloom.generators.arguments import Run, Step, check_batch, check_codes, check_known, diagnose
 from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import RowPlan
 from tokenloom.generators.sampling import Guidance, Sampling, guide, sample_tokens
+from tokenloom.generators.token_table import TokenTable
 from tokenloom.generators.transformer import Transformer, TransformerConfig
 from tokenloom.rng import as_seeds
 
+__all__ = ["Generator", "Run", "Step", "TokenTable"]
+
 PREFIX_ROPES = ("identity", "zero", "line")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What `on_step` receives after each step.
-
-    Attributes:
-        index: Step just finished, 0 to num_steps - 1.
-        num_steps: Steps in all.
-        codes: LongTensor (B, N) in layout order; positions not yet made hold 0. Do not write into it.
-        committed: BoolTensor (N,), true where `codes` is final.
-    """
-
-    index: int
-    num_steps: int
-    codes: Tensor
-    committed: Tensor
-
-
-class TokenTable(nn.Module):
-    """Token embeddings (V, D), optionally the sum of a vector a digit and a vector a code.
-
-    Codes of a scalar quantizer are numbers in mixed radix; neighbouring codes then share most of their vectors, which a
-    plain table would have to learn code by code.
-
-    Args:
-        vocab_size: Number of codes V.
-        width: Width D.
-        levels: Radix of each digit, least significant first; `None` for a plain table.
-    """
-
-    places: Tensor
-
-    def __init__(self, vocab_size: int, width: int, levels: list[int] | None) -> None:
-        super().__init__()
-        self.codes = nn.Embedding(vocab_size, width)
-        nn.init.normal_(self.codes.weight, std=0.02 if levels is None else 0.005)
-        self.levels = tuple(levels or ())
-        if levels:
-            if math.prod(levels) != vocab_size:
-                raise TokenloomError(
-                    f"code_levels {levels} multiply to {math.prod(levels)}, not to {vocab_size}."
-                )
-            self.digits = nn.Parameter(torch.randn(sum(levels), width) * 0.02 / len(levels) ** 0.5)
-            bases = [math.prod(levels[:index]) for index in range(len(levels))]
-            offsets = [sum(levels[:index]) for index in range(len(levels))]
-            ids = torch.arange(vocab_size)
-            places = [
-                ids // base % level + offset
-                for base, level, offset in zip(bases, levels, offsets, strict=True)
-            ]
-            self.register_buffer("places", torch.stack(places, dim=1), persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The table (V, D)."""
-        if not self.levels:
-            return self.codes.weight
-        return self.codes.weight + F.embedding(self.places, self.digits).sum(1)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Embeddings (..., D) of codes (...)."""
-        if not self.levels:
-            return self.codes(codes)
-        return self.codes(codes) + F.embedding(self.places[codes], self.digits).sum(-2)
 
 
 class Generator(ModelMixin, ConfigMixin):
@@ -300,19 +236,7 @@ class Generator(ModelMixin, ConfigMixin):
     # ---- teacher forcing --------------------------------------------------------------------------------------------
 
     def _check_codes(self, codes: Tensor, name: str = "codes") -> None:
-        size = self.order.layout.size
-        if (
-            not isinstance(codes, Tensor)
-            or codes.is_floating_point()
-            or codes.ndim != 2
-            or codes.shape[1] != size
-        ):
-            got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(codes)
-            raise TokenloomError(f"{name} must be an integer tensor of shape (B, {size}), got {got}.")
-        if codes.numel() and not -self.special <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
-            raise TokenloomError(
-                f"{name} must lie in {-self.special}..{self.vocab_size - 1}, got {int(codes.min())}..{int(codes.max())}."
-            )
+        check_codes(codes, self.order.layout.size, (-self.special, self.vocab_size), name)
 
     def logits(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """Teacher-forced logits.
@@ -328,54 +252,54 @@ class Generator(ModelMixin, ConfigMixin):
         batch, device = codes.shape[0], codes.device
         if condition is None:
             condition = self.condition.null(batch, device)
-        plan = self.plan
         prefix = self._prefix(condition, batch, device)
+        return self._forced(self._inputs(codes, prefix), prefix, condition)
+
+    def _forced(self, x: Tensor, prefix: Tensor, condition: Given | None) -> Tensor:
+        """Logits (B, N, V) in layout order of the embeddings (B, R, D) of all rows."""
+        plan, device = self.plan, x.device
         rows = torch.arange(plan.rows)
-        x = self._inputs(codes, prefix)
         mask = plan.mask_for(self.condition.visible(condition), rows, plan.rows, plan.mask)
         taps = self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
         inverse = self.order.inverse
         return self._head(hidden[:, :, inverse.to(device)], plan.weights[:, inverse], self._table())
 
-    def loss(self, codes: Tensor, condition: Given | None = None) -> Tensor:
-        """Mean cross-entropy in nats a token of codes (B, N), over the positions that are predicted."""
-        logits, predicted = self.logits(codes, condition), self.plan.predicted
-        if not bool(predicted.all()):
-            logits, codes = logits[:, predicted], codes[:, predicted]
-        return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten() + self.special)
+    def loss(self, codes: Tensor, condition: Given | None = None, weights: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats a token of codes (B, N), over the positions that are predicted.
 
-    def forward(self, codes: Tensor, condition: Given | None = None) -> Tensor:
-        """`loss(codes, condition)`, the training forward."""
-        return self.loss(codes, condition)
+        Samples that the condition does not count (`CaptionFeatures.valid`) are left out; the loss is 0 if none is left.
+
+        Args:
+            codes: LongTensor (B, N).
+            condition: What the model's condition takes.
+            weights: (N,) or (B, N), by which the cross-entropy of each position is multiplied; `None` is 1.
+        """
+        return self._mean_loss(self.logits(codes, condition), codes, condition, weights)
+
+    def _mean_loss(
+        self, logits: Tensor, codes: Tensor, condition: Given | None, weights: Tensor | None
+    ) -> Tensor:
+        if weights is not None and tuple(weights.shape) not in (tuple(codes.shape), tuple(codes.shape[1:])):
+            raise TokenloomError(
+                f"weights must be (N,) or (B, N) for codes {tuple(codes.shape)}, got {tuple(weights.shape)}."
+            )
+        flat, targets = logits.float().flatten(0, 1), codes.flatten() + self.special
+        losses = F.cross_entropy(flat, targets, reduction="none").view_as(codes)
+        if weights is not None:
+            losses = losses * weights.to(losses)
+        losses = losses[:, self.plan.predicted.to(losses.device)].mean(1)
+        counted = self.condition.counted(condition)
+        if counted is None:
+            return losses.mean()
+        counts = counted.to(losses)
+        return (losses * counts).sum() / counts.sum().clamp(min=1)
+
+    def forward(self, codes: Tensor, condition: Given | None = None, **options: Any) -> Tensor:
+        """`loss(codes, condition, ...)`, the training forward."""
+        return self.loss(codes, condition, **options)
 
     # ---- generation -------------------------------------------------------------------------------------------------
-
-    def _kept(self, known: Tensor | None, keep: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
-        given = ~self.plan.predicted
-        if known is None and keep is None:
-            if bool(given.any()):
-                raise TokenloomError(
-                    f"This generator predicts {int((~given).sum())} of {len(given)} positions from the others; pass "
-                    "known codes, and keep them at plan.predicted == False at least."
-                )
-            return None
-        if not isinstance(known, Tensor) or not isinstance(keep, Tensor):
-            raise TokenloomError("known and keep belong together: codes (B, N), and which of them to keep.")
-        size = self.order.layout.size
-        known = known.expand(batch, -1) if known.ndim == 2 and known.shape[0] == 1 else known
-        self._check_codes(known, "known")
-        keep = keep.expand(batch, -1) if keep.ndim == 1 or keep.shape[0] == 1 else keep
-        if known.shape[0] != batch or tuple(keep.shape) != (batch, size) or keep.dtype != torch.bool:
-            raise TokenloomError(
-                f"known must be ({batch}, {size}) codes and keep a boolean ({batch}, {size}) or ({size},) mask, "
-                f"got {tuple(known.shape)} and {keep.dtype} {tuple(keep.shape)}."
-            )
-        if not bool(keep[:, given.to(keep.device)].all()):
-            raise TokenloomError(
-                "keep must hold where this generator predicts nothing (plan.predicted == False)."
-            )
-        return known.to(self.device), keep.to(self.device)
 
     @torch.no_grad()
     def generate(
@@ -412,9 +336,10 @@ class Generator(ModelMixin, ConfigMixin):
             TokenloomError: For bad arguments, or if the model produces logits that are not finite.
         """
         condition, batch = check_batch(self.condition, condition, batch_size, self.device)
-        kept = self._kept(known, keep, batch)
+        limits = (-self.special, self.vocab_size)
+        kept = check_known(known, keep, batch, self.plan.predicted, limits, self.device)
         noise_seeds = as_seeds(seeds, batch, self.device)
-        strength, sampling = Guidance.of(guidance), sampling or Sampling()
+        strength = Guidance.of(guidance)
         prefix, visible = self._prefix(condition, batch, self.device), self.condition.visible(condition)
         if strength.enabled:
             null = self.condition.null(batch, self.device)
@@ -422,29 +347,33 @@ class Generator(ModelMixin, ConfigMixin):
                 null = self.condition.null_like(condition, self.device)
             prefix = torch.cat((prefix, self._prefix(null, batch, self.device)))
             visible = None if visible is None else visible.repeat(2, 1)
-        stepper, table = decoding.make(decode, self, prefix, visible), self._table()
-        feed = self._feed(prefix)
-        order = self.order
-        codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
+        stepper = decoding.make(decode, self, prefix, visible)
+        return self._run(
+            Run(batch, noise_seeds, strength, sampling or Sampling(), prefix, stepper, kept, on_step)
+        )
+
+    def _run(self, run: Run) -> Tensor:
+        """Codes (B, N): one step of the plan after the other. Paradigms that revisit positions have their own loop."""
+        feed, order, table, kept = self._feed(run.prefix), self.order, self._table(), run.kept
+        codes = torch.zeros(run.batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
         for index, step in enumerate(self.plan.steps):
             progress = index / max(1, order.num_steps - 1)
-            shown = codes.repeat(2, 1) if strength.enabled else codes
-            taps = stepper(feed(shown, index), index) if len(step.rows) else ()
+            taps = run.stepper(feed(run.both(codes), index), index) if len(step.rows) else ()
             positions = step.positions.to(codes.device)
             ids = torch.zeros_like(codes[:, positions])
             if bool(step.weights.any()):
                 made = order.slices[index].start
-                scale = strength.at(progress, step=index, made=made, count=len(positions))
-                hidden = self._guide(self._collect(taps, step.sources, step.weights), scale, batch)
+                scale = run.guidance.at(progress, step=index, made=made, count=len(positions))
+                hidden = self._guide(self._collect(taps, step.sources, step.weights), scale, run.batch)
                 logits = self._head(hidden, step.weights, table)
-                ids = self._sample(logits, noise_seeds, positions, sampling.at(progress), index)
+                ids = self._sample(logits, run.seeds, positions, run.sampling.at(progress), index)
             if kept is not None:
                 ids = torch.where(kept[1][:, positions], kept[0][:, positions], ids)
             codes[:, positions] = ids
             committed[step.positions] = True
-            if on_step is not None:
-                on_step(Step(index, order.num_steps, codes, committed.clone()))
+            if run.on_step is not None:
+                run.on_step(Step(index, order.num_steps, codes, committed.clone()))
         return codes
 
     @staticmethod

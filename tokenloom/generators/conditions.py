@@ -24,6 +24,7 @@ class CaptionFeatures:
     Attributes:
         features: (B, P, F), padded on the left.
         mask: Boolean or 0/1 (B, P), true for real words; `None` = all are real.
+        valid: Boolean or 0/1 (B,), false for samples that do not count in the loss; `None` = all count.
 
     Example:
         >>> CaptionFeatures(torch.zeros(2, 4, 8), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).shape
@@ -32,6 +33,7 @@ class CaptionFeatures:
 
     features: Tensor
     mask: Tensor | None = None
+    valid: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -40,9 +42,10 @@ class CaptionFeatures:
 
     def to(self, device: torch.device) -> CaptionFeatures:
         """The same features on another device."""
-        return CaptionFeatures(
-            self.features.to(device), None if self.mask is None else self.mask.to(device, torch.bool)
+        mask, valid = (
+            None if value is None else value.to(device, torch.bool) for value in (self.mask, self.valid)
         )
+        return CaptionFeatures(self.features.to(device), mask, valid)
 
 
 Given = Tensor | CaptionFeatures
@@ -71,6 +74,10 @@ class Condition(nn.Module):
 
     def visible(self, condition: Any) -> Tensor | None:
         """BoolTensor (B, P): which prefix rows other rows may look at; `None` where nothing is hidden."""
+        return None
+
+    def counted(self, condition: Any) -> Tensor | None:
+        """BoolTensor (B,): which samples count in the loss; `None` where all do."""
         return None
 
     def forward(self, condition: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -276,7 +283,7 @@ class FeatureCondition(Condition):
             raise TokenloomError(
                 f"This generator takes CaptionFeatures(features, mask), got {describe(condition)}."
             )
-        features, mask = condition.features, condition.mask
+        features, mask, valid = condition.features, condition.mask, condition.valid
         if not features.is_floating_point() or features.ndim != 3 or features.shape[1:] != self.absent.shape:
             raise TokenloomError(
                 f"Caption features must be floating, of shape (B, {self.length}, {self.features}), "
@@ -284,6 +291,8 @@ class FeatureCondition(Condition):
             )
         if mask is not None and mask.shape != features.shape[:2]:
             raise TokenloomError(f"The mask must be {tuple(features.shape[:2])}, got {tuple(mask.shape)}.")
+        if valid is not None and valid.shape != features.shape[:1]:
+            raise TokenloomError(f"valid must be {tuple(features.shape[:1])}, got {tuple(valid.shape)}.")
         if mask is not None and not bool(mask[:, -1].all()):
             raise TokenloomError(
                 "Captions are padded on the left, but the last column of the mask has zeros."
@@ -294,6 +303,10 @@ class FeatureCondition(Condition):
         if condition.mask is None or bool(condition.mask.all()):
             return None
         return condition.mask.bool()
+
+    def counted(self, condition: CaptionFeatures | None) -> Tensor | None:
+        """`valid`, as LlamaGen trains: captions whose features are missing teach nothing."""
+        return None if condition is None or condition.valid is None else condition.valid.bool()
 
     def forward(self, condition: CaptionFeatures, batch: int, device: torch.device) -> Tensor:  # type: ignore[override]
         """One row a word."""

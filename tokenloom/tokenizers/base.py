@@ -82,7 +82,7 @@ class Tokenizer(ModelMixin, ConfigMixin):
         given = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(type(codes))
         whole = isinstance(codes, Tensor) and codes.dtype in _INTEGERS
         if not whole or codes.ndim != 2 or codes.shape[1] not in possible:
-            shape = f"(B, {possible[0]})" if len(possible) == 1 else f"(B, k), k = {_numbers(possible)},"
+            shape = f"(B, {possible[0]})" if len(possible) == 1 else f"(B, k), k = {_numbers(possible)}"
             raise TokenloomError(
                 f"{type(self).__name__}.decode expects integer codes of shape {shape}, got {given}."
             )

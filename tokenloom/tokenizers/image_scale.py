@@ -75,9 +75,7 @@ class ImageScaleTokenizer(ImageTokenizer):
         super().__init__()
         shape = CNNConfig(channels, tuple(multipliers), blocks, latent_channels, norm_groups, form)
         self.stride = shape.stride
-        self.layout = Layout.scales(
-            side if isinstance(side, int) else (side[0], side[1]) for side in scales
-        )
+        self.layout = Layout.scales(side if isinstance(side, int) else (side[0], side[1]) for side in scales)
         rows, columns = self.layout.maps[-1]
         height, width = rows * self.stride, columns * self.stride
         self.image_size: int | Size = height if height == width else (height, width)

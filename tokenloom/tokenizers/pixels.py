@@ -51,12 +51,10 @@ def as_pixels(media: Any, bounds: Range, who: str, device: torch.device | None =
     Raises:
         TokenloomError: For another kind of object, another shape, no pixels, or pictures of several sizes.
     """
-    low, high = bounds
     if isinstance(media, Image.Image):
         media = [media]
     if isinstance(media, (list, tuple)) and media and all(isinstance(item, Image.Image) for item in media):
-        pixels = _from_pictures(media, who).to(device)
-        return pixels if bounds == (-1.0, 1.0) else low + (high - low) * (pixels + 1) / 2
+        return rescale(_from_pictures(media, who).to(device), (-1.0, 1.0), bounds)
     if not isinstance(media, Tensor):
         raise _unexpected(media, bounds, who, "open a file with tokenloom.media.open_image(path)")
     if media.ndim != 4 or media.shape[1] != 3:
@@ -64,7 +62,7 @@ def as_pixels(media: Any, bounds: Range, who: str, device: torch.device | None =
     if 0 in media.shape[2:]:
         raise _unexpected(media, bounds, who, "a picture needs at least one pixel")
     if media.dtype == torch.uint8:
-        return low + (high - low) * (media.float() / 255)
+        return rescale(media.float(), (0.0, 255.0), bounds)
     if not media.is_floating_point():
         raise _unexpected(media, bounds, who, "convert values of 0 to 255 with .to(torch.uint8)")
     return media
@@ -93,6 +91,13 @@ def check_values(pixels: Tensor, bounds: Range) -> None:
         )
 
 
+def rescale(pixels: Tensor, source: Range, target: Range) -> Tensor:
+    """Pixels in the range `source` brought to the range `target`; the same tensor where they are equal."""
+    if source == target:
+        return pixels
+    return target[0] + (target[1] - target[0]) * (pixels - source[0]) / (source[1] - source[0])
+
+
 def pad_to(pixels: Tensor, height: int, width: int) -> Tensor:
     """Pixels (B, 3, H, W) with the lower and right edge repeated up to a size of at least theirs."""
     below, right = height - pixels.shape[2], width - pixels.shape[3]
@@ -108,7 +113,9 @@ def _from_pictures(pictures: Sequence[Image.Image], who: str) -> Tensor:
             f"{who} takes pictures of one size a batch, got {shown}; encode them one by one or resize them."
         )
     if 0 in sizes[0]:
-        raise TokenloomError(f"{who} needs pictures with at least one pixel, got {sizes[0][0]}x{sizes[0][1]}.")
+        raise TokenloomError(
+            f"{who} needs pictures with at least one pixel, got {sizes[0][0]}x{sizes[0][1]}."
+        )
     return torch.cat([to_pixels(picture) for picture in pictures])
 
 

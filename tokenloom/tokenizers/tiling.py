@@ -8,6 +8,7 @@ Shapes: B pictures, T tiles a picture, h x w pixels of a tile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,10 +74,11 @@ class Tiling:
         return torch.stack(parts, dim=1)
 
     def _ramp(self, axis: int, like: Tensor) -> Tensor:
-        """Weight of each line of a tile: rises over the overlap, 1 inside, falls again."""
+        """Weight of each line of a tile: rises over the overlap like a sine squared, 1 inside, falls again."""
         side = self.tile[axis]
         edge = torch.arange(1, side + 1, device=like.device, dtype=torch.float32) / (self.overlap + 1)
-        return edge.clamp(max=1) * edge.flip(0).clamp(max=1)
+        rise = (edge.clamp(max=1) * (math.pi / 2)).sin().square()
+        return rise * rise.flip(0)
 
     def join(self, tiles: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) of tiles (B, T, 3, h, w), blended where they overlap."""
@@ -133,7 +135,9 @@ def encode_tiled(
         )
     pixels = tokenizer.any_pixels(media)
     check_values(pixels, tokenizer.pixel_range)
-    tiling = Tiling((pixels.shape[2], pixels.shape[3]), sides, min(sides) // 4 if overlap is None else overlap)
+    tiling = Tiling(
+        (pixels.shape[2], pixels.shape[3]), sides, min(sides) // 4 if overlap is None else overlap
+    )
     options = {} if num_tokens is None else {"num_tokens": num_tokens}
     parts = tiling.cut(pixels).flatten(0, 1).split(_TILES_AT_ONCE)
     codes = torch.cat([tokenizer.encode(part, **options) for part in parts])

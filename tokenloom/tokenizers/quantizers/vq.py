@@ -154,9 +154,7 @@ class VQ(Quantizer):
     def place(self, flat: Tensor) -> None:
         """Moves codes onto vectors of the batch (M, d): all of them at the first batch, dead ones later."""
         if self.kmeans_init and not bool(self.initialized):
-            centres = from_first_process(
-                kmeans(flat, self.codebook_size, self.kmeans_init, self.unit_inputs)
-            )
+            centres = from_first_process(kmeans(flat, self.codebook_size, self.kmeans_init, self.unit_inputs))
             self._move(torch.arange(self.codebook_size, device=flat.device), centres)
             self.initialized.fill_(True)
         if self.revive_after:
