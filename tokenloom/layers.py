@@ -267,6 +267,9 @@ class TimeEmbedding(nn.Module):
         self.frequencies, self.period, self.scale = frequencies, period, scale
         self.up = nn.Linear(frequencies, width)
         self.down = nn.Linear(width, width)
+        for layer in (self.up, self.down):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, times: Tensor) -> Tensor:
         """Embeds times (...); the waves are computed in float32."""
