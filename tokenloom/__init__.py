@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AudioTokenizer": "tokenloom.tokenizers.audio",
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
@@ -50,12 +51,14 @@ if TYPE_CHECKING:
     from tokenloom.generators.sampling import Sampling as Sampling
     from tokenloom.layouts import Layout as Layout
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
+    from tokenloom.tokenizers.audio import AudioTokenizer as AudioTokenizer
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
+    "AudioTokenizer",
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",

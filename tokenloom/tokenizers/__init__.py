@@ -10,6 +10,8 @@ from tokenloom.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "AudioCodec": "audio_base",
+        "AudioTokenizer": "audio",
         "FSQ": "quantizers",
         "ImageCNNTokenizer": "image_cnn",
         "ImageVQTokenizer": "image_vq",
