@@ -18,6 +18,7 @@ _EXPORTS = {
     "AudioTokenizer": "tokenloom.tokenizers.audio",
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
+    "HubAudioTokenizer": "tokenloom.tokenizers.audio_hub",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from tokenloom.layouts import Layout as Layout
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.audio import AudioTokenizer as AudioTokenizer
+    from tokenloom.tokenizers.audio_hub import HubAudioTokenizer as HubAudioTokenizer
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
@@ -61,6 +63,7 @@ __all__ = [
     "AudioTokenizer",
     "Generator",
     "Guidance",
+    "HubAudioTokenizer",
     "ImageCNNTokenizer",
     "ImageVQTokenizer",
     "Layout",

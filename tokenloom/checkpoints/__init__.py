@@ -17,16 +17,24 @@ from tokenloom.checkpoints.guidance import official_guidance as official_guidanc
 from tokenloom.errors import TokenloomError, unknown_name
 
 _ADAPTERS: dict[str, str] = {
+    "dac": "audio_hub",
+    "dac_original": "audio_hub",
     "dar": "llamagen",
+    "encodec": "audio_hub",
+    "encodec_24k": "audio_hub",
     "llamagen": "llamagen",
     "llamagen_vq": "image_cnn",
     "maskgit_vqgan": "image_cnn",
+    "mimi": "audio_hub",
+    "mimo_audio_patch": "mimo",
+    "mimo_audio_tokenizer": "mimo",
     "mvar": "var",
     "nar": "nar",
     "nar_video": "nar",
     "nbp": "nbp",
     "par": "par",
     "var": "var",
+    "xcodec": "audio_hub",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 

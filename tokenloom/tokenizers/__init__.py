@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "AudioCodec": "audio_base",
         "AudioTokenizer": "audio",
         "FSQ": "quantizers",
+        "HubAudioTokenizer": "audio_hub",
         "ImageCNNTokenizer": "image_cnn",
         "ImageVQTokenizer": "image_vq",
         "Quantized": "quantizers",

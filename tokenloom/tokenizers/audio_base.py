@@ -255,7 +255,9 @@ class AudioCodec(Tokenizer):
                 f"Codes of {PADDING} mark the end of a sample: they may stand in its last frames only, in all codebooks."
             )
         if bool((valid == 0).any()) and codes.shape[2]:
-            raise TokenloomError(f"A sample has at least one frame, but sample {int(valid.argmin())} is all {PADDING}.")
+            raise TokenloomError(
+                f"A sample has at least one frame, but sample {int(valid.argmin())} is all {PADDING}."
+            )
         sizes = torch.tensor(self.codebook_sizes[: codes.shape[1]], device=codes.device)[:, None]
         if bool((used & ((codes < 0) | (codes >= sizes))).any()):
             raise TokenloomError(
