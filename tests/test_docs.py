@@ -17,7 +17,7 @@ from PIL import Image
 from tokenloom import cli
 from tokenloom.data import Caption, write_captions
 from tokenloom.demo import PHOTO
-from tokenloom.generators import orders
+from tokenloom.generators import order as order_module
 from tokenloom.training.config import GeneratorConfig, TokenizerConfig, from_dict
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +103,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             captions.append(caption)
     write_captions(root, captions)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(orders, "_REGISTRY", dict(orders._REGISTRY))  # a page may register an order
+    monkeypatch.setattr(
+        order_module, "_REGISTRY", dict(order_module._REGISTRY)
+    )  # a page may register an order
     return tmp_path
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenloom.errors import TokenloomError
+from tokenloom.generators import order as order_module
 from tokenloom.generators import orders
 from tokenloom.generators.orders import Order
 from tokenloom.layouts import Layout
@@ -275,7 +276,7 @@ def test_a_new_order_is_one_function():
         with pytest.raises(TokenloomError, match="exists already"):
             orders.register(backwards)
     finally:
-        del orders._REGISTRY["backwards"]
+        del order_module._REGISTRY["backwards"]
 
 
 @pytest.mark.parametrize(
@@ -296,14 +297,14 @@ def test_a_function_that_breaks_its_promise_is_refused(steps):
         with pytest.raises(TokenloomError, match="'broken' must"):
             orders.build("broken", Layout.line(3))
     finally:
-        del orders._REGISTRY["broken"]
+        del order_module._REGISTRY["broken"]
 
 
 def test_a_large_order_is_built_in_milliseconds():
     layout = Layout.grid(32, 32)
     best = math.inf
     for _ in range(20):
-        orders._plan.cache_clear()
+        order_module._plan.cache_clear()
         start = time.perf_counter()
         order = orders.neighbors(layout)
         parts = (order.permutation, order.inverse, order.slices)
@@ -314,8 +315,8 @@ def test_a_large_order_is_built_in_milliseconds():
 
 def test_cached_tensors_are_ordinary_cpu_tensors():
     for build in (lambda: orders.regions(Layout.grid(4, 4), 4), lambda: orders.random(Layout.line(9), 3, 2)):
-        orders._plan.cache_clear()
-        orders._mask.cache_clear()
+        order_module._plan.cache_clear()
+        order_module._mask.cache_clear()
         with torch.inference_mode(), torch.device("meta"):
             order = build()
             tensors = (order.step, order.permutation, order.inverse, order.mask())

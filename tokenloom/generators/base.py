@@ -8,9 +8,7 @@ Legend: B samples, N positions, V vocabulary, P prefix rows, R rows, D width, J 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,79 +19,18 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators import decoding
+from tokenloom.generators.arguments import Step, check_batch, check_codes, check_known
 from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import RowPlan
 from tokenloom.generators.sampling import Guidance, Sampling, guide, sample_tokens
+from tokenloom.generators.token_table import TokenTable
 from tokenloom.generators.transformer import Transformer, TransformerConfig
 from tokenloom.rng import as_seeds
 
+__all__ = ["Generator", "Step", "TokenTable"]
+
 PREFIX_ROPES = ("identity", "zero", "line")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What `on_step` receives after each step.
-
-    Attributes:
-        index: Step just finished, 0 to num_steps - 1.
-        num_steps: Steps in all.
-        codes: LongTensor (B, N) in layout order; positions not yet made hold 0. Do not write into it.
-        committed: BoolTensor (N,), true where `codes` is final.
-    """
-
-    index: int
-    num_steps: int
-    codes: Tensor
-    committed: Tensor
-
-
-class TokenTable(nn.Module):
-    """Token embeddings (V, D), optionally the sum of a vector a digit and a vector a code.
-
-    Codes of a scalar quantizer are numbers in mixed radix; neighbouring codes then share most of their vectors, which a
-    plain table would have to learn code by code.
-
-    Args:
-        vocab_size: Number of codes V.
-        width: Width D.
-        levels: Radix of each digit, least significant first; `None` for a plain table.
-    """
-
-    places: Tensor
-
-    def __init__(self, vocab_size: int, width: int, levels: list[int] | None) -> None:
-        super().__init__()
-        self.codes = nn.Embedding(vocab_size, width)
-        nn.init.normal_(self.codes.weight, std=0.02 if levels is None else 0.005)
-        self.levels = tuple(levels or ())
-        if levels:
-            if math.prod(levels) != vocab_size:
-                raise TokenloomError(
-                    f"code_levels {levels} multiply to {math.prod(levels)}, not to {vocab_size}."
-                )
-            self.digits = nn.Parameter(torch.randn(sum(levels), width) * 0.02 / len(levels) ** 0.5)
-            bases = [math.prod(levels[:index]) for index in range(len(levels))]
-            offsets = [sum(levels[:index]) for index in range(len(levels))]
-            ids = torch.arange(vocab_size)
-            places = [
-                ids // base % level + offset
-                for base, level, offset in zip(bases, levels, offsets, strict=True)
-            ]
-            self.register_buffer("places", torch.stack(places, dim=1), persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The table (V, D)."""
-        if not self.levels:
-            return self.codes.weight
-        return self.codes.weight + F.embedding(self.places, self.digits).sum(1)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Embeddings (..., D) of codes (...)."""
-        if not self.levels:
-            return self.codes(codes)
-        return self.codes(codes) + F.embedding(self.places[codes], self.digits).sum(-2)
 
 
 class Generator(ModelMixin, ConfigMixin):
@@ -299,19 +236,7 @@ class Generator(ModelMixin, ConfigMixin):
     # ---- teacher forcing --------------------------------------------------------------------------------------------
 
     def _check_codes(self, codes: Tensor, name: str = "codes") -> None:
-        size = self.order.layout.size
-        if (
-            not isinstance(codes, Tensor)
-            or codes.is_floating_point()
-            or codes.ndim != 2
-            or codes.shape[1] != size
-        ):
-            got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(codes)
-            raise TokenloomError(f"{name} must be an integer tensor of shape (B, {size}), got {got}.")
-        if codes.numel() and not -self.special <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
-            raise TokenloomError(
-                f"{name} must lie in {-self.special}..{self.vocab_size - 1}, got {int(codes.min())}..{int(codes.max())}."
-            )
+        check_codes(codes, self.order.layout.size, (-self.special, self.vocab_size), name)
 
     def logits(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """Teacher-forced logits.
@@ -350,45 +275,6 @@ class Generator(ModelMixin, ConfigMixin):
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
-    def _batch(self, condition: Given | None, batch_size: int | None) -> tuple[Given | None, int]:
-        if condition is None:
-            batch = 1 if batch_size is None else batch_size
-            if not isinstance(batch, int) or batch < 1:
-                raise TokenloomError(f"batch_size must be a positive integer, got {batch!r}.")
-            return self.condition.null(batch, self.device), batch
-        self.condition.check(condition)
-        if batch_size is not None and batch_size != condition.shape[0]:
-            raise TokenloomError(
-                f"batch_size is {batch_size}, but the condition holds {condition.shape[0]} samples; give one of them."
-            )
-        return condition.to(self.device), condition.shape[0]
-
-    def _kept(self, known: Tensor | None, keep: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
-        given = ~self.plan.predicted
-        if known is None and keep is None:
-            if bool(given.any()):
-                raise TokenloomError(
-                    f"This generator predicts {int((~given).sum())} of {len(given)} positions from the others; pass "
-                    "known codes, and keep them at plan.predicted == False at least."
-                )
-            return None
-        if not isinstance(known, Tensor) or not isinstance(keep, Tensor):
-            raise TokenloomError("known and keep belong together: codes (B, N), and which of them to keep.")
-        size = self.order.layout.size
-        known = known.expand(batch, -1) if known.ndim == 2 and known.shape[0] == 1 else known
-        self._check_codes(known, "known")
-        keep = keep.expand(batch, -1) if keep.ndim == 1 or keep.shape[0] == 1 else keep
-        if known.shape[0] != batch or tuple(keep.shape) != (batch, size) or keep.dtype != torch.bool:
-            raise TokenloomError(
-                f"known must be ({batch}, {size}) codes and keep a boolean ({batch}, {size}) or ({size},) mask, "
-                f"got {tuple(known.shape)} and {keep.dtype} {tuple(keep.shape)}."
-            )
-        if not bool(keep[:, given.to(keep.device)].all()):
-            raise TokenloomError(
-                "keep must hold where this generator predicts nothing (plan.predicted == False)."
-            )
-        return known.to(self.device), keep.to(self.device)
-
     @torch.no_grad()
     def generate(
         self,
@@ -423,8 +309,9 @@ class Generator(ModelMixin, ConfigMixin):
         Raises:
             TokenloomError: For bad arguments, or if the model produces logits that are not finite.
         """
-        condition, batch = self._batch(condition, batch_size)
-        kept = self._kept(known, keep, batch)
+        condition, batch = check_batch(self.condition, condition, batch_size, self.device)
+        limits = (-self.special, self.vocab_size)
+        kept = check_known(known, keep, batch, self.plan.predicted, limits, self.device)
         noise_seeds = as_seeds(seeds, batch, self.device)
         strength, sampling = Guidance.of(guidance), sampling or Sampling()
         prefix, visible = self._prefix(condition, batch, self.device), self.condition.visible(condition)

@@ -1,204 +1,32 @@
-"""Row plans: what a paradigm feeds to the transformer at each step, who sees whom, and which rows predict what.
+"""The row plan of every paradigm, each a function of an order; `RowPlan` says what a plan is.
 
-The transformer works on rows: the prefix (condition), one row a token, and, for some paradigms, query rows that only
-ask. A plan is plain data derived from an `Order`; training, the reference rung and the cached rung all read the same
-plan, which is why they agree. Knows nothing of embeddings, weights or sampling.
+Each is one rule for who sees whom, which rows are fed, and which row predicts what. Knows nothing of embeddings, weights
+or sampling.
 
 Legend: P prefix rows, N tokens, R rows in all, S steps, J heads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError
 from tokenloom.generators.orders import Order
+from tokenloom.generators.row_plan import RowPlan, StepRows, base_mask, build_plan, token_rows
 
-
-@dataclass(frozen=True, eq=False)
-class StepRows:
-    """What one step of a generation needs, worked out once a plan.
-
-    Attributes:
-        rows: LongTensor (n,), the rows fed.
-        tokens: LongTensor (t,), the layout indices of the token rows among them.
-        learned: LongTensor (q,), the learned vectors of the query rows behind the tokens.
-        committed: How many of the rows stay in the cache.
-        mask: BoolTensor (n, L) over the cache and these rows, or `None` where all is visible.
-        sources: LongTensor (J, m), the place among the fed rows that predicts each position at each head.
-        weights: float32 (J, m).
-        positions: LongTensor (m,), the layout indices predicted.
-    """
-
-    rows: Tensor
-    tokens: Tensor
-    learned: Tensor
-    committed: int
-    mask: Tensor | None
-    sources: Tensor
-    weights: Tensor
-    positions: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class RowPlan:
-    """The rows of a generation.
-
-    Attributes:
-        feeds: For each step, the ids of the rows fed, the committed ones first.
-        committed: For each step, how many of the fed rows stay in the cache.
-        mask: BoolTensor (R, R); mask[q, k] says whether row q sees row k.
-        position: LongTensor (R,), the layout index of a token or query row, -1 for rows that stand at none.
-        query: BoolTensor (R,), true for query rows.
-        learned: LongTensor (R,), which learned vector a query row holds; `None` means one vector for all.
-        place: LongTensor (R,), which learned position a row gets; `None` means prefix rows first, then the layout.
-        sources: LongTensor (J, N), the row whose hidden state at head j predicts the n-th position in decode order.
-        weights: float32 (J, N), the weight of each head; the columns sum to 1, or to 0 where a position is
-            predicted by no row and has to be known.
-        order: The order behind it.
-    """
-
-    feeds: tuple[Tensor, ...]
-    committed: tuple[int, ...]
-    mask: Tensor
-    position: Tensor
-    query: Tensor
-    sources: Tensor
-    weights: Tensor
-    order: Order
-    learned: Tensor | None = None
-    place: Tensor | None = None
-
-    @cached_property
-    def vectors(self) -> Tensor:
-        """LongTensor (q,): the learned vectors of the query rows, in the order of the rows."""
-        if self.learned is None:
-            return torch.zeros(int(self.query.sum()), dtype=torch.long)
-        return self.learned[self.query]
-
-    @cached_property
-    def predicted(self) -> Tensor:
-        """BoolTensor (N,) in layout order: false where no row predicts a position."""
-        return (self.weights.sum(0) > 0)[self.order.inverse]
-
-    @cached_property
-    def steps(self) -> tuple[StepRows, ...]:
-        """One `StepRows` a step."""
-        return tuple(self._step(step) for step in range(self.order.num_steps))
-
-    def _step(self, step: int) -> StepRows:
-        rows, place = self.feeds[step], self.order.slices[step]
-        local = torch.full((self.rows,), -1)
-        local[rows] = torch.arange(len(rows))
-        weights = self.weights[:, place]
-        sources = local[self.sources[:, place]]
-        if bool(((sources < 0) & (weights > 0)).any()):
-            raise TokenloomError(f"Step {step} of {self.order} reads a row that was not fed at that step.")
-        is_query = self.query[rows]
-        return StepRows(
-            rows=rows,
-            tokens=self.position[rows][(self.position[rows] >= 0) & ~is_query],
-            learned=(torch.zeros_like(rows) if self.learned is None else self.learned[rows])[is_query],
-            committed=self.committed[step],
-            mask=self.step_mask(step),
-            sources=sources.clamp(min=0),
-            weights=weights,
-            positions=self.order.permutation[place],
-        )
-
-    @property
-    def rows(self) -> int:
-        """Number of rows R in all."""
-        return self.mask.shape[0]
-
-    @property
-    def capacity(self) -> int:
-        """Cache rows a generation needs."""
-        kept, most = 0, 0
-        for feed, committed in zip(self.feeds, self.committed, strict=True):
-            most = max(most, kept + len(feed))
-            kept += committed
-        return most
-
-    def step_mask(self, step: int) -> Tensor | None:
-        """Mask (n, L) of the rows fed at a step over the cache behind which they stand; `None` if all is visible."""
-        before = [feed[:kept] for feed, kept in zip(self.feeds[:step], self.committed[:step], strict=True)]
-        visible = self.mask[self.feeds[step]][:, torch.cat([*before, self.feeds[step]])]
-        return None if bool(visible.all()) else visible
-
-    def mask_for(
-        self, visible: Tensor | None, rows: Tensor, columns: int, mask: Tensor | None
-    ) -> Tensor | None:
-        """Adds to a mask what the samples hide of their prefix; every row still sees itself.
-
-        Args:
-            visible: BoolTensor (B, P), the prefix rows that may be looked at, or `None` for all.
-            rows: LongTensor (n,), the rows that look.
-            columns: How many rows L they look at, the prefix first.
-            mask: BoolTensor (n, L), or `None` where the plan hides nothing.
-
-        Returns:
-            `mask` where `visible` is `None`, else BoolTensor (B, 1, n, L).
-        """
-        if visible is None:
-            return mask
-        prefix, device = visible.shape[1], visible.device
-        full = torch.ones(len(rows), columns, dtype=torch.bool) if mask is None else mask
-        own = rows.to(device)[:, None] == torch.arange(prefix, device=device)
-        full = full.to(device).repeat(len(visible), 1, 1)
-        full[:, :, :prefix] &= visible[:, None] | own
-        return full[:, None]
-
-
-def _base_mask(row_step: Tensor, prefix: int, causal_prefix: bool) -> Tensor:
-    mask = row_step[None, :] <= row_step[:, None]
-    if causal_prefix:
-        mask[:prefix, :prefix] = torch.ones(prefix, prefix, dtype=torch.bool).tril()
-    return mask
-
-
-def _token_rows(order: Order, prefix: int) -> tuple[Tensor, Tensor]:
-    """Step at which each prefix and token row is fed, and its position."""
-    step = torch.cat((torch.zeros(prefix, dtype=torch.long), order.step[order.permutation] + 1))
-    position = torch.cat((torch.full((prefix,), -1), order.permutation))
-    return step, position
-
-
-def _feeds(row_step: Tensor, steps: int) -> tuple[Tensor, ...]:
-    return tuple((row_step == step).nonzero().squeeze(1) for step in range(steps))
-
-
-def _plan(
-    order: Order,
-    row_step: Tensor,
-    *,
-    mask: Tensor,
-    position: Tensor,
-    sources: Tensor,
-    weights: Tensor | None = None,
-    query: Tensor | None = None,
-    committed: tuple[int, ...] | None = None,
-    learned: Tensor | None = None,
-    place: Tensor | None = None,
-) -> RowPlan:
-    """A plan whose rows are fed at `row_step`; by default none is a query, all stay, and every head counts fully."""
-    feeds = _feeds(row_step, order.num_steps)
-    return RowPlan(
-        feeds=feeds,
-        committed=tuple(len(feed) for feed in feeds) if committed is None else committed,
-        mask=mask,
-        position=position,
-        query=torch.zeros(len(row_step), dtype=torch.bool) if query is None else query,
-        sources=sources,
-        weights=torch.ones(sources.shape) if weights is None else weights,
-        order=order,
-        learned=learned,
-        place=place,
-    )
+__all__ = [
+    "RowPlan",
+    "StepRows",
+    "group_plan",
+    "neighbor_plan",
+    "query_plan",
+    "scale_plan",
+    "shift_plan",
+    "token_plan",
+]
 
 
 @lru_cache(maxsize=64)
@@ -214,12 +42,12 @@ def token_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
             f"Next-token prediction needs one position a step, but {order} has {size} positions in "
             f"{order.num_steps} steps; use NextBlockGenerator, which takes any order."
         )
-    step, position = _token_rows(order, prefix)
+    step, position = token_rows(order, prefix)
     step, position = step[:-1], position[:-1]  # the last token predicts nothing
-    return _plan(
+    return build_plan(
         order,
         step,
-        mask=_base_mask(step, prefix, causal_prefix),
+        mask=base_mask(step, prefix, causal_prefix),
         position=position,
         sources=(prefix - 1 + torch.arange(size))[None],
     )
@@ -237,7 +65,7 @@ def neighbor_plan(order: Order, prefix: int, causal_prefix: bool = False) -> Row
     """
     if order.name != "neighbors":
         raise TokenloomError(f"Next-neighbor prediction needs the order 'neighbors', got {order}.")
-    step, position = _token_rows(order, prefix)
+    step, position = token_rows(order, prefix)
     kept = step < order.num_steps  # tokens of the last step predict nothing
     step, position = step[kept], position[kept]
     shape = order.layout.coords[-1].add(1).tolist()  # length of every axis
@@ -253,10 +81,10 @@ def neighbor_plan(order: Order, prefix: int, causal_prefix: bool = False) -> Row
         weights.append((exists | first).float())
         stride *= shape[axis]
     weight = torch.stack(weights)
-    return _plan(
+    return build_plan(
         order,
         step,
-        mask=_base_mask(step, prefix, causal_prefix),
+        mask=base_mask(step, prefix, causal_prefix),
         position=position,
         sources=torch.stack(sources),
         weights=weight / weight.sum(0),
@@ -270,7 +98,7 @@ def query_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
     At step s the tokens of step s-1 and the queries of step s are fed together. Queries see all earlier tokens and each
     other, tokens never see queries, and queries are not kept. Training runs tokens and queries side by side.
     """
-    step, position = _token_rows(order, prefix)
+    step, position = token_rows(order, prefix)
     last = step == order.num_steps  # tokens of the last step are never fed
     tokens, token_position = step[~last], position[~last]
     query_step = order.step[order.permutation]
@@ -278,11 +106,11 @@ def query_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
     query = torch.cat(
         (torch.zeros(len(tokens), dtype=torch.bool), torch.ones(len(query_step), dtype=torch.bool))
     )
-    mask = _base_mask(row_step, prefix, causal_prefix)
+    mask = base_mask(row_step, prefix, causal_prefix)
     same = row_step[None, :] == row_step[:, None]
     mask = mask & (~query[None, :] | (query[:, None] & same))
     size = order.layout.size
-    return _plan(
+    return build_plan(
         order,
         row_step,
         committed=tuple(int((tokens == s).sum()) for s in range(order.num_steps)),
@@ -311,7 +139,7 @@ def group_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
             f"This plan needs an order of n single positions and then groups of n, got {order}; use "
             "orders.regions(grid, n) or orders.blocks(layout, n, sequential_first=True)."
         )
-    step, position = _token_rows(order, prefix)
+    step, position = token_rows(order, prefix)
     step, position = step[: size - group + prefix], position[: size - group + prefix]
     extra, rows = group - 1, len(step)
     step = torch.cat((step, torch.full((extra,), group)))
@@ -323,10 +151,10 @@ def group_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
     before = prefix + torch.where(wanted < group, wanted - 1, wanted - group)
     sources = torch.where((wanted > group) & (wanted < 2 * group), rows + wanted - group - 1, before)
     sources[group] = prefix + group - 1
-    return _plan(
+    return build_plan(
         order,
         step,
-        mask=_base_mask(step, prefix, causal_prefix),
+        mask=base_mask(step, prefix, causal_prefix),
         position=position,
         query=query,
         sources=sources[None],
@@ -346,13 +174,13 @@ def shift_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPla
     block = size // order.num_steps
     if any(part.stop - part.start != block for part in order.slices) or order.num_steps < 2:
         raise TokenloomError(f"This plan needs an order of two or more steps of equal size, got {order}.")
-    step, position = _token_rows(order, prefix)
+    step, position = token_rows(order, prefix)
     step, position = step[: size - block + prefix], position[: size - block + prefix]
     wanted = torch.arange(size)
-    return _plan(
+    return build_plan(
         order,
         step,
-        mask=_base_mask(step, prefix, causal_prefix),
+        mask=base_mask(step, prefix, causal_prefix),
         position=position,
         sources=(prefix + wanted - block).clamp(min=0)[None],
         weights=(wanted >= block).float()[None],
@@ -399,7 +227,7 @@ def scale_plan(
     mask[prefix:, prefix:] = seen
     if causal_prefix:
         mask[:prefix, :prefix] = mask[:prefix, :prefix].tril()
-    return _plan(
+    return build_plan(
         order,
         torch.cat((torch.zeros(prefix, dtype=torch.long), scale)),
         committed=(prefix, *[0] * (order.num_steps - 1)) if own_scale else None,

@@ -1,0 +1,110 @@
+"""What a generation is asked for and what it reports: checks of codes, batch and kept positions, and `Step`.
+
+Errors say what was expected, what came and how to fix it. Knows nothing of embeddings, plans or sampling.
+
+Legend: B samples, N positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenloom.errors import TokenloomError
+from tokenloom.generators.conditions import Condition, Given
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `on_step` receives after each step.
+
+    Attributes:
+        index: Step just finished, 0 to num_steps - 1.
+        num_steps: Steps in all.
+        codes: LongTensor (B, N) in layout order; positions not yet made hold 0. Do not write into it.
+        committed: BoolTensor (N,), true where `codes` is final.
+    """
+
+    index: int
+    num_steps: int
+    codes: Tensor
+    committed: Tensor
+
+
+def check_codes(codes: Tensor, size: int, limits: tuple[int, int], name: str = "codes") -> None:
+    """Raises unless `codes` are integers (B, size) from the lower limit up to, but without, the upper one."""
+    if (
+        not isinstance(codes, Tensor)
+        or codes.is_floating_point()
+        or codes.ndim != 2
+        or codes.shape[1] != size
+    ):
+        got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(codes)
+        raise TokenloomError(f"{name} must be an integer tensor of shape (B, {size}), got {got}.")
+    low, high = limits
+    if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) < high:
+        raise TokenloomError(
+            f"{name} must lie in {low}..{high - 1}, got {int(codes.min())}..{int(codes.max())}."
+        )
+
+
+def check_batch(
+    condition: Condition, given: Given | None, batch_size: int | None, device: torch.device
+) -> tuple[Given | None, int]:
+    """The condition on the device, null where nothing is given, and the number of samples."""
+    if given is None:
+        batch = 1 if batch_size is None else batch_size
+        if not isinstance(batch, int) or batch < 1:
+            raise TokenloomError(f"batch_size must be a positive integer, got {batch!r}.")
+        return condition.null(batch, device), batch
+    condition.check(given)
+    if batch_size is not None and batch_size != given.shape[0]:
+        raise TokenloomError(
+            f"batch_size is {batch_size}, but the condition holds {given.shape[0]} samples; give one of them."
+        )
+    return given.to(device), given.shape[0]
+
+
+def check_known(
+    known: Tensor | None,
+    keep: Tensor | None,
+    batch: int,
+    predicted: Tensor,
+    limits: tuple[int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor] | None:
+    """Known codes (B, N) and where to keep them (B, N), or `None` where nothing is kept.
+
+    Args:
+        known: Codes (B, N) or (1, N).
+        keep: BoolTensor (B, N), (1, N) or (N,).
+        batch: Number of samples B.
+        predicted: BoolTensor (N,), false where the generator predicts nothing, so that codes have to be known.
+        limits: As in `check_codes`.
+        device: Where the results are wanted.
+    """
+    size, given = len(predicted), ~predicted
+    if known is None and keep is None:
+        if bool(given.any()):
+            raise TokenloomError(
+                f"This generator predicts {int(predicted.sum())} of {size} positions from the others; pass "
+                "known codes, and keep them at plan.predicted == False at least."
+            )
+        return None
+    if not isinstance(known, Tensor) or not isinstance(keep, Tensor):
+        raise TokenloomError("known and keep belong together: codes (B, N), and which of them to keep.")
+    known = known.expand(batch, -1) if known.ndim == 2 and known.shape[0] == 1 else known
+    check_codes(known, size, limits, "known")
+    keep = keep.expand(batch, -1) if keep.ndim == 1 or keep.shape[0] == 1 else keep
+    if known.shape[0] != batch or tuple(keep.shape) != (batch, size) or keep.dtype != torch.bool:
+        raise TokenloomError(
+            f"known must be ({batch}, {size}) codes and keep a boolean ({batch}, {size}) or ({size},) mask, "
+            f"got {tuple(known.shape)} and {keep.dtype} {tuple(keep.shape)}."
+        )
+    if not bool(keep[:, given.to(keep.device)].all()):
+        raise TokenloomError(
+            "keep must hold where this generator predicts nothing (plan.predicted == False)."
+        )
+    return known.to(device), keep.to(device)
