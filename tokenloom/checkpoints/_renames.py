@@ -48,7 +48,8 @@ class Rename:
 
     def scatter(self, value: Tensor) -> dict[str, Tensor]:
         """The official tensors."""
-        parts = value.detach().chunk(len(self.official))
+        value = value.detach()
+        parts = value.chunk(len(self.official)) if len(self.official) > 1 else (value,)
         shapes = [(1,) * self.leading + tuple(part.shape) for part in parts]
         return {
             name: part.reshape(shape).clone()

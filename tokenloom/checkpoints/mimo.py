@@ -44,7 +44,7 @@ _TOKENIZER = (
 )
 _PATCH = (
     (r"^(encoder|decoder)\.layers\.blocks\.", r"\1.layers."),
-    (r"^(encoder|decoder)\.layers\.norm\.", r"\1.norm."),
+    (r"^(encoder|decoder)\.layers\.norms\.0\.", r"\1.norm."),
     (r"\.norm1\.", ".input_layernorm."),
     (r"\.norm2\.", ".post_attention_layernorm."),
     (r"\.attention\.out\.", ".self_attn.o_proj."),
