@@ -22,12 +22,14 @@ _EXPORTS = {
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
+    "MimoAudioTokenizer": "tokenloom.tokenizers.audio_mimo",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
     "NextScaleGenerator": "tokenloom.generators.next_scale",
     "NextTokenGenerator": "tokenloom.generators.next_token",
     "Order": "tokenloom.generators.orders",
+    "PatchNetworks": "tokenloom.generators.patches",
     "Sampling": "tokenloom.generators.sampling",
     "TextToImagePipeline": "tokenloom.pipelines.text_to_image",
     "Tokenizer": "tokenloom.tokenizers.base",
@@ -48,12 +50,14 @@ if TYPE_CHECKING:
     from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
     from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
     from tokenloom.generators.orders import Order as Order
+    from tokenloom.generators.patches import PatchNetworks as PatchNetworks
     from tokenloom.generators.sampling import Guidance as Guidance
     from tokenloom.generators.sampling import Sampling as Sampling
     from tokenloom.layouts import Layout as Layout
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.audio import AudioTokenizer as AudioTokenizer
     from tokenloom.tokenizers.audio_hub import HubAudioTokenizer as HubAudioTokenizer
+    from tokenloom.tokenizers.audio_mimo import MimoAudioTokenizer as MimoAudioTokenizer
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
@@ -67,12 +71,14 @@ __all__ = [
     "ImageCNNTokenizer",
     "ImageVQTokenizer",
     "Layout",
+    "MimoAudioTokenizer",
     "ModelMixin",
     "NextBlockGenerator",
     "NextNeighborGenerator",
     "NextScaleGenerator",
     "NextTokenGenerator",
     "Order",
+    "PatchNetworks",
     "Sampling",
     "TextToImagePipeline",
     "Tokenizer",

@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "NextScaleGenerator": "next_scale",
         "NextTokenGenerator": "next_token",
         "Order": "orders",
+        "PatchNetworks": "patches",
         "Sampling": "sampling",
         "Step": "base",
         "Transformer": "transformer",

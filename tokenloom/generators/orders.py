@@ -180,7 +180,9 @@ def delay(layout: Layout, delays: tuple[int, ...] | None = None) -> Steps:
     if delays is None:
         return time + codebook, codebook
     if len(delays) != layout.shape[1] or not all(isinstance(d, int) and d >= 0 for d in delays):
-        raise TokenloomError(f"delays must be {layout.shape[1]} integers of at least 0, one a codebook; got {delays}.")
+        raise TokenloomError(
+            f"delays must be {layout.shape[1]} integers of at least 0, one a codebook; got {delays}."
+        )
     late = time + torch.tensor(delays, device="cpu")[codebook]
     return late.unique(return_inverse=True)[1], codebook
 

@@ -31,7 +31,9 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def code_tables(codebook_sizes: Sequence[int], width: int) -> nn.ModuleList:
     """One embedding table a codebook; its last row stands for "no code", which embeds as zero."""
     if not codebook_sizes or min(codebook_sizes) < 1:
-        raise TokenloomError(f"A patch needs one or more codebooks of at least one code, got {codebook_sizes}.")
+        raise TokenloomError(
+            f"A patch needs one or more codebooks of at least one code, got {codebook_sizes}."
+        )
     tables = nn.ModuleList(nn.Embedding(size + 1, width) for size in codebook_sizes)
     for table in tables:
         nn.init.normal_(table.get_parameter("weight"), std=0.02)
@@ -61,7 +63,9 @@ def check_patches(codes: Tensor, sizes: Sequence[int], frames: int) -> None:
         )
     most = torch.tensor(list(sizes), device=codes.device)[:, None]
     if bool(((codes < -1) | (codes > most)).any()):
-        raise TokenloomError(f"Codes must lie below {tuple(sizes)}, or be -1 for none; got up to {int(codes.max())}.")
+        raise TokenloomError(
+            f"Codes must lie below {tuple(sizes)}, or be -1 for none; got up to {int(codes.max())}."
+        )
 
 
 class PatchEncoder(nn.Module):
@@ -134,7 +138,9 @@ class PatchDecoder(nn.Module):
         """Logits (B, n, V) of the positions of a step of hidden states (B, d); -inf beyond their codebook."""
         books = self.steps[step][1][1].tolist()
         rows = [self.heads[k](hidden)[:, : self.sizes[k]].float() for k in books]
-        return torch.stack([F.pad(row, (0, max(self.sizes) - row.shape[1]), value=-torch.inf) for row in rows], 1)
+        return torch.stack(
+            [F.pad(row, (0, max(self.sizes) - row.shape[1]), value=-torch.inf) for row in rows], 1
+        )
 
     def hidden(self, tables: nn.ModuleList, vectors: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced hidden states (B, S, d) of vectors (B, D) and codes (B, G, K)."""

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "HubAudioTokenizer": "audio_hub",
         "ImageCNNTokenizer": "image_cnn",
         "ImageVQTokenizer": "image_vq",
+        "MimoAudioTokenizer": "audio_mimo",
         "Quantized": "quantizers",
         "Tokenizer": "base",
         "VQ": "quantizers",
