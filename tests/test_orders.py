@@ -68,6 +68,13 @@ def delay_orders(draw: st.DrawFn) -> Order:
     return orders.delay(layout, draw(st.one_of(st.none(), late)))
 
 
+@st.composite
+def patch_orders(draw: st.DrawFn) -> Order:
+    frames, count, books = (draw(st.integers(1, 4)) for _ in range(3))
+    inner = draw(st.sampled_from(["coarse_first", "delay", "flat", "parallel"]))
+    return orders.patches(Layout.frames(frames * count, books), frames, inner, together=draw(st.booleans()))
+
+
 def plain_orders(name: str) -> st.SearchStrategy[Order]:
     """Orders without options, on random layouts of every kind that the order accepts."""
     kinds = {Layout.line(4): LINES, Layout.grid(2, 2): GRIDS, Layout.scales([1, 2]): SCALES}
@@ -85,6 +92,7 @@ STRATEGIES = {
     "blocks": block_orders(),
     "coarse_first": st.builds(orders.coarse_first, FRAMES, st.booleans()),
     "delay": delay_orders(),
+    "patches": patch_orders(),
     "regions": region_orders(),
     "random": random_orders(),
 }
@@ -252,6 +260,14 @@ def test_delays_of_their_own():
     assert orders.delay(Layout.frames(1, 2), (0, 5)).step.tolist() == [0, 1]  # no empty steps
 
 
+def test_patches_come_one_after_the_other():
+    order = orders.patches(Layout.frames(4, 3), 2)
+    assert order.step.view(4, 3).tolist() == [[0, 1, 2], [1, 2, 3], [4, 5, 6], [5, 6, 7]]
+    whole = orders.patches(Layout.frames(4, 3), 4, "coarse_first")
+    assert torch.equal(whole.step, orders.coarse_first(Layout.frames(4, 3)).step)
+    assert torch.equal(whole.permutation, orders.coarse_first(Layout.frames(4, 3)).permutation)
+
+
 def test_orders_of_codec_frames():
     layout = Layout.frames(3, 2)
     assert orders.flat(layout).step.view(3, 2).tolist() == [[0, 1], [2, 3], [4, 5]]
@@ -374,6 +390,8 @@ def test_defaults_and_json_lists_make_no_difference():
         (lambda: orders.delay(Layout.grid(2, 2)), "needs a frames layout"),
         (lambda: orders.delay(Layout.frames(2, 2), (0,)), "2 integers of at least 0"),
         (lambda: orders.delay(Layout.frames(2, 2), (0, -1)), "2 integers of at least 0"),
+        (lambda: orders.patches(Layout.frames(4, 2), 3), "do not divide.*Use 1, 2, 4"),
+        (lambda: orders.patches(Layout.frames(4, 2), 2, "flatt"), "'flat'"),
         (lambda: orders.flat(Layout.line(4)), "needs a frames layout.*raster"),
         (lambda: orders.parallel(Layout.line(4)), "needs a frames layout"),
         (lambda: orders.coarse_first(Layout.line(4)), "needs a frames layout"),

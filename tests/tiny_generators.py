@@ -37,6 +37,7 @@ ORDERS: dict[str, list[Order]] = {
         orders.coarse_first(Layout.frames(3, 3)),
         orders.coarse_first(Layout.frames(2, 3), True),
     ],
+    "patches": [orders.patches(Layout.frames(4, 2), 2), orders.patches(Layout.frames(4, 2), 2, "flat")],
     "random": [orders.random(Layout.grid(3, 3), 4, 7), orders.random(Layout.line(6), 6, 3, "equal")],
 }
 

@@ -34,6 +34,7 @@ _EXPORTS = {
     "TextToImagePipeline": "tokenloom.pipelines.text_to_image",
     "Tokenizer": "tokenloom.tokenizers.base",
     "TokenloomError": "tokenloom.errors",
+    "TwoLevelGenerator": "tokenloom.generators.two_level",
     "WordTokenizer": "tokenloom.tokenizers.text",
 }
 _MODULES = {"models": "tokenloom.models", "orders": "tokenloom.generators.orders"}
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from tokenloom.generators.patches import PatchNetworks as PatchNetworks
     from tokenloom.generators.sampling import Guidance as Guidance
     from tokenloom.generators.sampling import Sampling as Sampling
+    from tokenloom.generators.two_level import TwoLevelGenerator as TwoLevelGenerator
     from tokenloom.layouts import Layout as Layout
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.audio import AudioTokenizer as AudioTokenizer
@@ -83,6 +85,7 @@ __all__ = [
     "TextToImagePipeline",
     "Tokenizer",
     "TokenloomError",
+    "TwoLevelGenerator",
     "WordTokenizer",
     "__version__",
     "models",

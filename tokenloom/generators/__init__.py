@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Step": "base",
         "Transformer": "transformer",
         "TransformerConfig": "transformer",
+        "TwoLevelGenerator": "two_level",
         "guide": "sampling",
         "sample_tokens": "sampling",
     },

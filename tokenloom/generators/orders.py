@@ -33,6 +33,7 @@ __all__ = [
     "names",
     "neighbors",
     "parallel",
+    "patches",
     "random",
     "raster",
     "regions",
@@ -202,6 +203,46 @@ def coarse_first(layout: Layout, together: bool = False) -> Steps:
     time, codebook = layout.coords.unbind(1)
     frames = int(time[-1]) + 1
     return time + frames * (codebook.clamp(max=1) if together else codebook), codebook
+
+
+@register
+def patches(
+    layout: Layout,
+    frames: int,
+    inner: str = "delay",
+    delays: tuple[int, ...] | None = None,
+    together: bool = False,
+) -> Steps:
+    """Patches of codec frames (MiMo-Audio), one after the other; inside a patch any order of codec frames.
+
+    Args:
+        layout: A frames layout.
+        frames: Frames a patch, a divisor of the number of frames.
+        inner: "delay", "flat", "parallel" or "coarse_first".
+        delays: Option of "delay".
+        together: Option of "coarse_first".
+
+    Raises:
+        TokenloomError: If the layout is not a frames layout, the patches do not tile it, or `inner` is another order.
+    """
+    _require(layout, "patches", ("frames",), "Use Layout.frames(t, codebooks).")
+    total, books = (int(side) for side in layout.shape)  # type: ignore[arg-type]
+    frames = _count("frames", frames, total)
+    if total % frames:
+        fits = ", ".join(str(d) for d in range(1, total + 1) if total % d == 0)
+        raise TokenloomError(f"Patches of {frames} frames do not divide the {total} of {layout}. Use {fits}.")
+    options: dict[str, dict[str, object]] = {
+        "coarse_first": {"together": together},
+        "delay": {"delays": delays},
+        "flat": {},
+        "parallel": {},
+    }
+    if inner not in options:
+        raise unknown_name("order inside patches", inner, options)
+    order = build(inner, Layout.frames(frames, books), **options[inner])
+    place = order.inverse.repeat(total // frames)
+    patch = torch.arange(layout.size, device="cpu") // (frames * books)
+    return patch * order.num_steps + order.step.repeat(total // frames), place
 
 
 @register
