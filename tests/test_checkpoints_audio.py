@@ -226,6 +226,8 @@ def test_models_of_transformers_load_from_their_own_folders(kind, tmp_path):
 def test_models_that_cannot_keep_the_contract_are_refused_with_the_reason(options, reason):
     with pytest.raises(TokenloomError, match=reason):
         HubAudioTokenizer("encodec", {**TINY["encodec"], **options})
+    with pytest.raises(TokenloomError, match=reason):
+        from_official("encodec_48k", {}, {"hf": {**TINY["encodec"], **options}})
 
 
 def test_wrong_calls_are_named():

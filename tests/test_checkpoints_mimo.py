@@ -96,6 +96,15 @@ def test_published_patches():
         assert bool((logits[:, book, :, size - 1 :] == -torch.inf).all())
 
 
+def test_the_names_of_the_published_configuration():
+    config, state, values = golden("mimo_audio_patch")
+    names = {"local_attn_heads": 4, "group_size": 4, "delay_pattern": "0-1-2-3", "input_full_attention": True}
+    networks: Any = from_official("mimo_audio_patch", state, {**names, "rope_theta": 640000, "empty_idx": 49})
+    assert networks.config == build("mimo_audio_patch").config and config["group"] == 4
+    ids = values["input.input_ids"]
+    near(networks.embed(ids[:, 1:], ids[:, 0, ::4]), values["output.input_embeds"])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_way_back_is_exact(family):
     state, official = golden(family)[1], to_official(build(family))

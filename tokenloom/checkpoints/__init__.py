@@ -22,6 +22,7 @@ _ADAPTERS: dict[str, str] = {
     "dar": "llamagen",
     "encodec": "audio_hub",
     "encodec_24k": "audio_hub",
+    "encodec_48k": "audio_hub",
     "llamagen": "llamagen",
     "llamagen_vq": "image_cnn",
     "maskgit_vqgan": "image_cnn",

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from tokenloom.checkpoints._renames import Rename, load, tensor, unload
 from tokenloom.tokenizers.audio_hub import HubAudioTokenizer
 
-_TYPES = {"encodec_24k": "encodec"}  # family -> transformers' model type, where they differ
+_TYPES = {
+    "encodec_24k": "encodec",
+    "encodec_48k": "encodec",
+}  # family -> transformers' model type, where they differ
 _UNIT = ("snake1", "conv1", "snake2", "conv2")  # layers of a residual unit, in DAC's order
 _WEIGHT = (
     ("parametrizations.weight.original0", "weight_g"),

@@ -22,6 +22,18 @@ from tokenloom.tokenizers.mimo_layers import MimoConfig
 
 _DERIVABLE = (r".*\.inv_freq",)
 _NORMS = {"LayerNorm": "layer", "RMSNorm": "rms"}
+_SHORT = {  # names in the published config.json -> those that are read
+    "local_attn_heads": "local_heads",
+    "group_size": "group",
+    "delay_pattern": "delay",
+    "input_full_attention": "full_attention",
+}
+_CHOICES = {
+    "rope_type": ("default",),
+    "activation_function": ("gelu",),
+    "vocoder_padding": ("same",),
+    "ln_type": tuple(_NORMS),
+}
 _BOOK = r"encoder.quantizer.vq.layers.\1._codebook."
 _TOKENIZER = (
     (r"\.layers\.norm\.", ".layer_norm."),
@@ -101,7 +113,7 @@ def _window(config: Mapping[str, Any], name: str, default: tuple[int, int]) -> l
 
 
 def _tokenizer(family: str, state: dict[str, Tensor], config: dict[str, Any]) -> MimoAudioTokenizer:
-    for key, known in (("rope_type", ("default",)), ("activation_function", ("gelu",)), ("ln_type", _NORMS)):
+    for key, known in _CHOICES.items():
         if key in config and config[key] not in known:
             raise unknown_name(f"{key} of MiMo's tokenizer", config[key], known)
     conv1, embed = (
@@ -149,10 +161,13 @@ def _tokenizer(family: str, state: dict[str, Tensor], config: dict[str, Any]) ->
 
 
 def _patches(family: str, state: dict[str, Tensor], config: dict[str, Any]) -> PatchNetworks:
+    config = {_SHORT.get(key, key): value for key, value in config.items()}
     books = len({name for name in state if name.startswith("speech_embeddings.")})
     tables = [tensor(family, state, f"speech_embeddings.{index}.weight") for index in range(books)]
     text = tensor(family, state, "model.embed_tokens.weight")
     heads = setting(family, config, "local_heads")
+    delay = setting(family, config, "delay")
+    delays = [int(d) for d in delay.split("-")] if isinstance(delay, str) else list(delay)
     base, eps = float(config.get("rope_theta", 640000.0)), float(config.get("rms_norm_eps", 1e-6))
 
     def transformer(stem: str) -> dict[str, Any]:
@@ -174,7 +189,7 @@ def _patches(family: str, state: dict[str, Tensor], config: dict[str, Any]) -> P
         width=text.shape[1],
         encoder_config=transformer("input_local_transformer"),
         decoder_config=transformer("local_transformer"),
-        order={"name": "delay", "options": {"delays": list(setting(family, config, "delay"))}},
+        order={"name": "delay", "options": {"delays": delays}},
         causal_encoder=not config.get("full_attention", True),
         text_vocab=text.shape[0],
         no_text=setting(family, config, "empty_idx"),

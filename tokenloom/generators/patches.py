@@ -46,7 +46,7 @@ def embed_codes(tables: nn.ModuleList, codes: Tensor) -> Tensor:
     for table, column in zip(tables, codes.unbind(-1), strict=True):
         last = table.num_embeddings - 1  # type: ignore[operator]
         none = (column < 0) | (column == last)
-        part = table(column.masked_fill(none, last)).masked_fill(none[..., None], 0.0)  # type: ignore[operator]
+        part = table(column.masked_fill(none, last)).masked_fill(none[..., None], 0.0)
         total = part if total is None else total + part
     if total is None:
         raise TokenloomError("There are no codes to embed; a patch needs at least one codebook.")

@@ -132,7 +132,7 @@ class AudioTokenizer(AudioCodec):
         """Samples (B, 1, S) of codes, see `AudioCodec.decode`. Inside `streaming()` the next piece of a sound."""
         if self._stream is not None:
             return self._stream.decode(codes, lengths)
-        valid = self.check_codes(codes).tolist()
+        valid = self.valid_frames(codes).tolist()
         sizes = self._decoded_lengths(lengths, valid)
         weight = self.decoder.conv_in.weight
         if not codes.numel():
@@ -221,7 +221,7 @@ class AudioStream:
             raise TokenloomError(
                 "A stream gives whole frames; cut its end yourself, lengths=... belong outside."
             )
-        valid = self.tokenizer.check_codes(codes)
+        valid = self.tokenizer.valid_frames(codes)
         if bool((valid < codes.shape[2]).any()):
             raise TokenloomError(
                 "A stream takes no padded codes; decode sounds of different lengths as a whole."

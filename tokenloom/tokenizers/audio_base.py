@@ -77,7 +77,7 @@ class AudioCodec(Tokenizer):
     @property
     def bits_per_sample(self) -> float:
         """Bits of one sample of the length of `layout`."""
-        return self.layout.shape[0] * self._bits(None)  # type: ignore[operator,no-any-return]
+        return self.layout.shape[0] * self._bits(None)  # type: ignore[operator]
 
     def _bits(self, num_codebooks: int | None) -> float:
         return sum(math.log2(size) for size in self.codebook_sizes[: self.count_codebooks(num_codebooks)])
@@ -96,7 +96,7 @@ class AudioCodec(Tokenizer):
         Raises:
             TokenloomError: If the codes are not those of whole samples of one length.
         """
-        valid = self.check_codes(codes)
+        valid = self.valid_frames(codes)
         if bool((valid < codes.shape[2]).any()):
             raise TokenloomError(
                 f"Samples of {valid.tolist()} frames have no common layout; cut them to one length before flatten."
@@ -160,7 +160,7 @@ class AudioCodec(Tokenizer):
         Raises:
             TokenloomError: For codes of another shape or vocabulary, or lengths that the frames do not give.
         """
-        valid = self.check_codes(codes).tolist()
+        valid = self.valid_frames(codes).tolist()
         sizes = self._decoded_lengths(lengths, valid)
         parts: list[Tensor] = [codes.new_zeros(1, 0)] * len(valid)
         for frames in sorted(set(valid)):
@@ -228,8 +228,12 @@ class AudioCodec(Tokenizer):
         most = [count * self.hop_length for count in frames]
         return _lengths(lengths, len(frames), most, "the codes give")
 
-    def check_codes(self, codes: Tensor, count: int | None = None) -> Tensor:
-        """Raises a clear error unless `codes` are integers (B, k, T) of the first k codebooks.
+    def check_codes(self, codes: Tensor, count: int | None = None) -> None:
+        """Raises a clear error unless `codes` are integers (B, k, T) of the first k codebooks; `count` is T."""
+        self.valid_frames(codes, count)
+
+    def valid_frames(self, codes: Tensor, count: int | None = None) -> Tensor:
+        """Checks codes, and counts the frames of each sample that are not padding.
 
         Args:
             codes: What shall be decoded; `PADDING` may stand in the last frames of a sample, in all codebooks.
@@ -237,6 +241,9 @@ class AudioCodec(Tokenizer):
 
         Returns:
             LongTensor (B,): the frames of each sample that are not padding.
+
+        Raises:
+            TokenloomError: Unless `codes` are integers (B, k, T) of the first k codebooks.
         """
         given = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(type(codes))
         whole = isinstance(codes, Tensor) and codes.dtype in _INTEGERS and codes.ndim == 3

@@ -154,7 +154,7 @@ class HubAudioTokenizer(AudioCodec):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[Any] | None, **options: Any
     ) -> HubAudioTokenizer:
         """Loads what `save_pretrained` wrote, or a model of transformers by folder or hub name.
 
@@ -163,6 +163,8 @@ class HubAudioTokenizer(AudioCodec):
                 "descript/dac_16khz".
             **options: torch_dtype; the rest goes to transformers for its own models.
         """
+        if pretrained_model_name_or_path is None:
+            raise TokenloomError("from_pretrained needs a folder or the name of a model, got None.")
         folder = Path(pretrained_model_name_or_path)
         dtype = options.pop("torch_dtype", None)
         config = (

@@ -31,7 +31,7 @@ class CausalConv1d(nn.Conv1d):
         if self.past < 0:
             raise TokenloomError(f"A kernel of {kernel} leaves out input at stride {stride}; make it longer.")
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         """Maps (B, C, L) to (B, C', L / stride)."""
         past = x.new_zeros(x.shape[0], x.shape[1], self.past) if state is None else state.get(self)
         past = x.new_zeros(x.shape[0], x.shape[1], self.past) if past is None else past
