@@ -41,6 +41,25 @@ def test_logits_and_loss(family: str, name: str) -> None:
 
 
 @torch.no_grad()
+@captioned
+def test_samples_that_are_not_valid_do_not_count_in_the_loss(family: str, name: str) -> None:
+    model, data = build(family, name), read(name)[0]
+    codes, captions = data["input.ids"], condition_of(name)
+
+    def loss(*valid: int) -> torch.Tensor:
+        return model.loss(codes, CaptionFeatures(captions.features, captions.mask, torch.tensor(valid)))
+
+    published = CaptionFeatures(captions.features, captions.mask, data["input.valid"])
+    torch.testing.assert_close(model.loss(codes, published), data["output.tf_loss"][0], rtol=1e-4, atol=0)
+    alone = model.loss(codes[:1], CaptionFeatures(captions.features[:1], captions.mask[:1]))
+    torch.testing.assert_close(loss(1, 0), alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss(1, 1), model.loss(codes, captions))
+    assert loss(0, 0) == 0
+    with pytest.raises(TokenloomError, match=r"valid must be \(2,\), got \(3,\)"):
+        model.generate(CaptionFeatures(captions.features, captions.mask, torch.ones(3)))
+
+
+@torch.no_grad()
 @each
 def test_every_layer(family: str, name: str) -> None:
     """Outputs of the blocks, at all rows that both sides run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenloom.errors import TokenloomError
-from tokenloom.rng import as_seeds, gumbel, noise
+from tokenloom.rng import as_seeds, gumbel, noise, normal
 
 WORD = 0xFFFFFFFF
 IDS = torch.arange(512)
@@ -30,7 +31,7 @@ KNOWN = [
 ]
 
 
-def reference_bits(seed: int, position: int, vocabulary_id: int) -> int:
+def reference_bits(seed: int, position: int, vocabulary_id: int, *more: int) -> int:
     """The documented hash in plain integers of any size."""
 
     def finalise(word: int) -> int:
@@ -42,7 +43,7 @@ def reference_bits(seed: int, position: int, vocabulary_id: int) -> int:
 
     def chain(start: int) -> int:
         word = start
-        for part in (seed & WORD, seed >> 32, position & WORD):
+        for part in (seed & WORD, seed >> 32, position & WORD, *more):
             word = finalise((word ^ part) + 0x9E3779B9 & WORD)
         return word
 
@@ -197,8 +198,40 @@ def test_gumbel_moments():
     assert draws.var().item() == pytest.approx(math.pi**2 / 6, rel=4 * math.sqrt(4.4 / count))
 
 
+@settings(deadline=None)
+@given(
+    st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)
+)
+def test_normal_is_the_inverse_distribution_of_the_hash(seed, position, channel, draw):
+    uniform = (reference_bits(seed, position, channel, draw) + 0.5) / 2**32
+    drawn = normal(as_long([seed])[0, 0], torch.tensor(position), torch.tensor([channel]), draw)
+    assert drawn.dtype == torch.float32
+    assert drawn.item() == pytest.approx(NormalDist().inv_cdf(uniform), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("axis", ["seed", "position", "channel", "draw"])
+def test_normal_along_each_axis(axis):
+    counter = torch.arange(1 << 16)
+    where = {"seed": 7, "position": 3, "channel": 5, "draw": 2} | {axis: counter}
+    draws = normal(**where).double()
+    assert abs(draws.mean().item()) * 2**8 < 4
+    assert draws.var().item() == pytest.approx(1, abs=4 * math.sqrt(2) / 2**8)
+    assert draws.pow(4).mean().item() == pytest.approx(3, abs=4 * math.sqrt(96) / 2**8)
+    bins = (torch.special.ndtr(draws) * 256).long().clamp(max=255)
+    assert abs(chi_square(np.bincount(bins.numpy(), minlength=256))) < 4
+
+
+def test_normal_of_draws_and_codes_are_independent():
+    rows = [normal(3, 5, IDS, draw) for draw in (0, 1, 2, 4096)]
+    uniform = torch.special.ndtri(noise(3, 5, IDS).double()).float()
+    assert torch.corrcoef(torch.stack([*rows, uniform])).triu(1).abs().max() < 4 / math.sqrt(IDS.numel())
+    whole = normal(as_long([4, 9]), torch.arange(5)[:, None], torch.arange(8), draw=3)
+    assert torch.equal(normal(as_long([9]), torch.tensor([[2]]), torch.tensor([7]), 3)[0, 0], whole[1, 2, 7:])
+
+
 def test_scalars_give_a_scalar():
     assert noise(0, 0, 0).shape == ()
+    assert normal(0, 0, 0).shape == ()
     assert gumbel(0, torch.arange(3), 0).shape == (3,)
 
 

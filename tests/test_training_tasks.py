@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenloom import ImageVQTokenizer, TextToImagePipeline, TokenloomError, WordTokenizer
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, from_dict
+from tokenloom.training.families import FAMILIES
 from tokenloom.training.generator_task import GeneratorTask, cache_codes
 from tokenloom.training.run import train_generator, train_tokenizer
 from tokenloom.training.tokenizer_task import TokenizerTask
@@ -143,7 +144,7 @@ def test_usage_counts_the_codes_of_the_window(folder, tmp_path):
         if step in (0, 2):
             assert task.usage == {}
     assert float(task.usage["usage"]) == pytest.approx(1 / 256)
-    assert int(task.counts[2]) == 24
+    assert int(task.statistics.counts[0, 2]) == 24
     assert float(task.usage["perplexity"]) == pytest.approx(1)
 
 
@@ -392,7 +393,7 @@ def test_a_folder_without_captions_trains_a_tokenizer_but_no_generator(trained, 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_every_generator_trains(folder, trained, tmp_path, precision):
-    for name in ("next_neighbor", "next_token", "next_block"):
+    for name in sorted(FAMILIES.keys() - {"next_scale"}):  # whose tokenizer is of another kind
         values = generator_settings(folder, trained / "model", tmp_path, generator=name)
         task = GeneratorTask(from_dict(GeneratorConfig, values))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -406,6 +407,26 @@ def test_every_generator_trains(folder, trained, tmp_path, precision):
     ("changes", "message"),
     [
         ({"generator": "next_neighbour"}, "'next_neighbor'"),
+        ({"generator": "next_scale"}, "ImageVQTokenizer has codes in grid.*no pyramid"),
+        (
+            {"generator": "next_block", "loss": {"step_weights": [1.0]}},
+            "one weight for each of the 4 steps, got 1",
+        ),
+        ({"generator": "masked", "loss": {"progressive": 0.5}}, "MaskedGenerator has no weights of steps"),
+        ({"generator": "next_block", "loss": {"growth": [1, 2]}}, "needs the generator block_diffusion"),
+        (
+            {"generator": "block_diffusion", "loss": {"growth": [1], "progressive": 0.5}},
+            "growth changes the steps",
+        ),
+        ({"loss": {"step_weigths": [1.0]}}, "'step_weights'"),
+        (
+            {"generator": "next_block", "model": {"order": "blocks", "order_options": {"blok": 4}}},
+            "Unknown option of the order 'blocks' 'blok'.*'block'",
+        ),
+        (
+            {"generator": "block_diffusion", "model": {"rule_config": {"pases": 4}}},
+            "'pases'.*'passes'",
+        ),
         ({"tokenizer": "nowhere/at/all"}, "no image tokenizer in 'nowhere/at/all'"),
         (
             {"model": {"transformer": {"width": 16, "heads": 2, "depth": 1}, "share_heads": True}},
@@ -437,3 +458,71 @@ def test_the_vocabulary_file_of_a_run_is_readable_by_itself(generated):
     words = WordTokenizer.from_pretrained(generated / "model" / "text_tokenizer")
     assert words("a red circle").count_nonzero() == 2
     assert LoopConfig(**loop()).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "steps"),
+    [
+        ({}, 4),
+        ({"order": "random", "order_options": {"steps": 5, "seed": 1}}, 5),
+        ({"order": "regions", "order_options": {"n": 4}, "rule_config": {"plan": "groups"}}, 7),
+        ({"order_options": {"sequential_first": True}, "rule_config": {"plan": "groups"}}, 7),
+        ({"rule_config": {"plan": "shift"}}, 4),
+    ],
+)
+def test_next_block_trains_with_every_plan_and_order(folder, trained, tmp_path, model, steps):
+    """Two steps, a sample sheet and a folder that loads; a plan that continues shows continuations."""
+    model = {"transformer": {"width": 16, "heads": 2, "depth": 1}, **model}
+    values = generator_settings(
+        folder, trained / "model", tmp_path / "run", generator="next_block", model=model, loop=loop(steps=2)
+    )
+    config = write(tmp_path / "config.yaml", values)
+    saved = TextToImagePipeline.from_pretrained(train_generator(config))
+    assert saved.generator.order.num_steps == steps
+    with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as sheet:
+        assert sheet.width > 8 * 16
+
+
+def test_later_steps_join_the_loss(folder, trained, tmp_path):
+    """Progressive scales: the first step alone, then one more at a time, each with its weight."""
+    details = {"step_weights": [4.0, 3.0, 2.0, 1.0], "progressive": 0.5}
+    values = generator_settings(
+        folder,
+        trained / "model",
+        tmp_path,
+        generator="next_block",
+        model={"transformer": {"width": 16, "heads": 2, "depth": 1}},
+        loss=details,
+        loop=loop(steps=12),
+    )
+    task = GeneratorTask(from_dict(GeneratorConfig, values))
+    rows = [task._weights(step).view(4, 4)[:, 0].tolist() for step in (0, 2, 4, 6, 11)]
+    assert rows == [[4, 0, 0, 0], [4, 3, 0, 0], [4, 3, 2, 0], [4, 3, 2, 1], [4, 3, 2, 1]]
+    batch = task.batch(torch.arange(4), torch.Generator().manual_seed(0))
+    task.module.eval()
+    loss, _ = task.loss(task.module, batch, 0)
+    logits = task.generator.logits(batch["codes"], batch["condition"])[:, :4]
+    first = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["codes"][:, :4].flatten())
+    torch.testing.assert_close(loss, first * 4 * 4 / 16)
+
+
+def test_blocks_grow_during_training(folder, trained, tmp_path):
+    """Sizes 1, 2, 8 in equal parts of half the training; the model that is saved has the last one."""
+    values = generator_settings(
+        folder,
+        trained / "model",
+        tmp_path / "run",
+        generator="block_diffusion",
+        model={"transformer": {"width": 16, "heads": 2, "depth": 1}},
+        loss={"growth": [1, 2, 8]},
+        loop=loop(steps=12),
+    )
+    task = GeneratorTask(from_dict(GeneratorConfig, values))
+    assert task.generator.order.num_steps == 16
+    batch, seen = task.batch(torch.arange(4), torch.Generator()), []
+    for step in range(12):
+        task.loss(task.module, batch, step)
+        seen.append(16 // task.generator.order.num_steps)
+    assert seen == [1, 1, 2, 2] + [8] * 8
+    saved = train_generator(write(tmp_path / "config.yaml", values))
+    assert TextToImagePipeline.from_pretrained(saved).generator.order.num_steps == 2

@@ -16,15 +16,24 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AudioTokenizer": "tokenloom.tokenizers.audio",
+    "BlockDiffusionGenerator": "tokenloom.generators.block_diffusion",
+    "Denoising": "tokenloom.generators.continuous",
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "HubAudioTokenizer": "tokenloom.tokenizers.audio_hub",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
+    "ImageFlexTokenizer": "tokenloom.tokenizers.image_flex",
+    "ImageLineTokenizer": "tokenloom.tokenizers.image_line",
+    "ImageScaleTokenizer": "tokenloom.tokenizers.image_scale",
+    "ImageStepTokenizer": "tokenloom.tokenizers.image_step",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
+    "MaskTokenizer": "tokenloom.tokenizers.mask",
+    "MaskedGenerator": "tokenloom.generators.masked",
     "MimoAudioTokenizer": "tokenloom.tokenizers.audio_mimo",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
+    "NextCellGenerator": "tokenloom.generators.next_cell",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
     "NextScaleGenerator": "tokenloom.generators.next_scale",
     "NextTokenGenerator": "tokenloom.generators.next_token",
@@ -46,7 +55,11 @@ if TYPE_CHECKING:
     from tokenloom.errors import TokenloomError as TokenloomError
     from tokenloom.generators import orders as orders
     from tokenloom.generators.base import Generator as Generator
+    from tokenloom.generators.block_diffusion import BlockDiffusionGenerator as BlockDiffusionGenerator
+    from tokenloom.generators.continuous import Denoising as Denoising
+    from tokenloom.generators.masked import MaskedGenerator as MaskedGenerator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
+    from tokenloom.generators.next_cell import NextCellGenerator as NextCellGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
     from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
     from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
@@ -62,20 +75,34 @@ if TYPE_CHECKING:
     from tokenloom.tokenizers.audio_mimo import MimoAudioTokenizer as MimoAudioTokenizer
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
+    from tokenloom.tokenizers.image_flex import ImageFlexTokenizer as ImageFlexTokenizer
+    from tokenloom.tokenizers.image_line import ImageLineTokenizer as ImageLineTokenizer
+    from tokenloom.tokenizers.image_scale import ImageScaleTokenizer as ImageScaleTokenizer
+    from tokenloom.tokenizers.image_step import ImageStepTokenizer as ImageStepTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
+    from tokenloom.tokenizers.mask import MaskTokenizer as MaskTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
     "AudioTokenizer",
+    "BlockDiffusionGenerator",
+    "Denoising",
     "Generator",
     "Guidance",
     "HubAudioTokenizer",
     "ImageCNNTokenizer",
+    "ImageFlexTokenizer",
+    "ImageLineTokenizer",
+    "ImageScaleTokenizer",
+    "ImageStepTokenizer",
     "ImageVQTokenizer",
     "Layout",
+    "MaskTokenizer",
+    "MaskedGenerator",
     "MimoAudioTokenizer",
     "ModelMixin",
     "NextBlockGenerator",
+    "NextCellGenerator",
     "NextNeighborGenerator",
     "NextScaleGenerator",
     "NextTokenGenerator",

@@ -11,15 +11,20 @@ H x W the finest map.
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloom.errors import TokenloomError
+from tokenloom.errors import TokenloomError, unknown_name
+
+P = TypeVar("P", bound="Pyramid")
+_ENLARGEMENTS = ("bicubic", "bilinear")
 
 
 def phi_index(scale: int, scales: int, phis: int) -> int:
@@ -34,7 +39,95 @@ def phi_index(scale: int, scales: int, phis: int) -> int:
     return int(np.argmin(np.abs(ticks - scale / max(1, scales - 1))))
 
 
-class ResidualPyramid(nn.Module):
+class Pyramid(nn.Module):
+    """The maps of S scales, and the convolutions that turn a vector a place into one sum of features.
+
+    Args:
+        maps: (height, width) of every scale, coarse to fine; the last one is the finest.
+        channels: Length of a vector C.
+        phis: Number of convolutions shared by the scales; 0 for none.
+        ratio: How much of phi(x) = (1 - ratio) x + ratio conv(x) is the convolution.
+        kernel: Side of the convolutions, odd.
+        up: How a scale is enlarged to the finest size, "bicubic" (VAR) or "bilinear" (Infinity).
+
+    Raises:
+        TokenloomError: If there is no scale, a scale is larger than the last one, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[tuple[int, int]],
+        channels: int,
+        phis: int = 4,
+        ratio: float = 0.5,
+        kernel: int = 3,
+        up: str = "bicubic",
+    ) -> None:
+        super().__init__()
+        self.channels, self.ratio, self.up = channels, ratio, up
+        if phis < 0 or kernel < 1 or kernel % 2 == 0:
+            raise TokenloomError(
+                f"A pyramid needs phis >= 0 and an odd kernel, got phis={phis}, kernel={kernel}."
+            )
+        if up not in _ENLARGEMENTS:
+            raise unknown_name("way to enlarge a scale", up, _ENLARGEMENTS)
+        self._set_maps(maps)
+        self.phis = nn.ModuleList(
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2) for _ in range(phis)
+        )
+
+    def _set_maps(self, maps: Sequence[tuple[int, int]]) -> None:
+        self.maps = tuple(maps)
+        if not self.maps or any(h > self.maps[-1][0] or w > self.maps[-1][1] for h, w in self.maps):
+            raise TokenloomError(f"The last scale of a pyramid must be the largest, got {self.maps}.")
+        ends = list(itertools.accumulate(h * w for h, w in self.maps))
+        self.slices = tuple(slice(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True))
+
+    def with_maps(self: P, maps: Sequence[tuple[int, int]]) -> P:
+        """The same weights, not copied, on maps of other sizes."""
+        other = copy.copy(self)
+        other._set_maps(maps)
+        return other
+
+    @property
+    def scales(self) -> int:
+        """Number of scales S."""
+        return len(self.maps)
+
+    def enlarge(self, vectors: Tensor, scale: int) -> Tensor:
+        """What the vectors (B, n, C) of one scale add to the sum: (B, C, H, W)."""
+        x = vectors.transpose(1, 2).unflatten(2, self.maps[scale])
+        if self.maps[scale] != self.maps[-1]:
+            x = F.interpolate(x, size=self.maps[-1], mode=self.up)
+        if not self.phis:
+            return x
+        phi = self.phis[phi_index(scale, self.scales, len(self.phis))]
+        return (1 - self.ratio) * x + self.ratio * phi(x)
+
+    def shrink(self, features: Tensor, scale: int, down: str = "area") -> Tensor:
+        """Features (B, C, H, W) at the positions of a scale: (B, n, C); "area" averages, "bilinear" interpolates."""
+        if self.maps[scale] != self.maps[-1]:
+            features = F.interpolate(features, size=self.maps[scale], mode=down)
+        return features.flatten(2).transpose(1, 2)
+
+    def sums(self, vectors: Tensor) -> Iterator[Tensor]:
+        """The running sum (B, C, H, W) after each scale of which vectors (B, N, C) hold all places."""
+        total = vectors.new_zeros(vectors.shape[0], self.channels, *self.maps[-1])
+        for scale, place in enumerate(self.slices):
+            if place.stop > vectors.shape[1]:
+                return
+            total = total + self.enlarge(vectors[:, place], scale)
+            yield total
+
+    def views_of(self, vectors: Tensor, down: str = "area") -> Tensor:
+        """What vectors (B, N, C) make known before each scale but the first, at its size: (B, N - n0, C)."""
+        parts = [vectors.new_zeros(vectors.shape[0], 0, self.channels)]
+        for scale, total in enumerate(self.sums(vectors[:, : self.slices[-1].start]), start=1):
+            parts.append(self.shrink(total, scale, down))
+        return torch.cat(parts, dim=1)
+
+
+class ResidualPyramid(Pyramid):
     """A codebook and the convolutions that turn codes of S scales into one map of features.
 
     Args:
@@ -45,6 +138,7 @@ class ResidualPyramid(nn.Module):
         ratio: How much of phi(x) = (1 - ratio) x + ratio conv(x) is the convolution.
         kernel: Side of the convolutions, odd.
         cosine: Whether `encode` compares directions instead of distances.
+        up: How a scale is enlarged to the finest size, "bicubic" (VAR) or "bilinear" (Infinity).
 
     Raises:
         TokenloomError: If there is no scale, or a scale is larger than the last one.
@@ -59,41 +153,15 @@ class ResidualPyramid(nn.Module):
         ratio: float = 0.5,
         kernel: int = 3,
         cosine: bool = False,
+        up: str = "bicubic",
     ) -> None:
-        super().__init__()
-        self.maps, self.ratio, self.cosine = tuple(maps), ratio, cosine
-        if not self.maps or any(h > self.maps[-1][0] or w > self.maps[-1][1] for h, w in self.maps):
-            raise TokenloomError(f"The last scale of a pyramid must be the largest, got {self.maps}.")
-        if phis < 0 or kernel < 1 or kernel % 2 == 0:
-            raise TokenloomError(
-                f"A pyramid needs phis >= 0 and an odd kernel, got phis={phis}, kernel={kernel}."
-            )
+        super().__init__(maps, channels, phis, ratio, kernel, up)
+        self.cosine = cosine
         self.codes = nn.Embedding(vocab_size, channels)
-        self.phis = nn.ModuleList(
-            nn.Conv2d(channels, channels, kernel, padding=kernel // 2) for _ in range(phis)
-        )
-        ends = list(itertools.accumulate(h * w for h, w in self.maps))
-        self.slices = tuple(slice(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True))
-
-    @property
-    def scales(self) -> int:
-        """Number of scales S."""
-        return len(self.maps)
-
-    @property
-    def channels(self) -> int:
-        """Length of a code vector C."""
-        return self.codes.embedding_dim
 
     def detail(self, codes: Tensor, scale: int) -> Tensor:
         """What the codes (B, n) of one scale add to the reconstruction: (B, C, H, W)."""
-        x = self.codes(codes).transpose(1, 2).unflatten(2, self.maps[scale])
-        if self.maps[scale] != self.maps[-1]:
-            x = F.interpolate(x, size=self.maps[-1], mode="bicubic")
-        if not self.phis:
-            return x
-        phi = self.phis[phi_index(scale, self.scales, len(self.phis))]
-        return (1 - self.ratio) * x + self.ratio * phi(x)
+        return self.enlarge(self.codes(codes), scale)
 
     def decode(self, codes: Tensor, scales: int | None = None) -> Tensor:
         """Reconstruction (B, C, H, W) of the first `scales` scales (all by default) of codes (B, N)."""
@@ -102,20 +170,9 @@ class ResidualPyramid(nn.Module):
             total = total + self.detail(codes[:, place], scale)
         return total
 
-    def shrink(self, features: Tensor, scale: int) -> Tensor:
-        """Features (B, C, H, W) averaged to the positions of a scale: (B, n, C)."""
-        if self.maps[scale] != self.maps[-1]:
-            features = F.interpolate(features, size=self.maps[scale], mode="area")
-        return features.flatten(2).transpose(1, 2)
-
     def views(self, codes: Tensor) -> Tensor:
         """What codes (B, N) make known before each scale but the first, at the size of that scale: (B, N - n0, C)."""
-        total = self.decode(codes, 0)
-        parts = [total.new_zeros(codes.shape[0], 0, self.channels)]
-        for scale, place in enumerate(self.slices[:-1]):
-            total = total + self.detail(codes[:, place], scale)
-            parts.append(self.shrink(total, scale + 1))
-        return torch.cat(parts, dim=1)
+        return self.views_of(self.codes(codes))
 
     @torch.no_grad()
     def encode(self, features: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
-"""Counter-based noise: the randomness of a sample is a pure function of (seed, position, vocabulary id).
+"""Counter-based noise: the randomness of a sample is a pure function of (seed, position, vocabulary id), or, for
+continuous tokens, of (seed, position, channel, draw).
 
 There is no stream and no state, so the noise of one sample does not depend on the batch it is drawn in, on the number
-of processes, on the device, or on which positions are drawn together. `sampling.py` turns it into tokens.
+of processes, on the device, or on which positions are drawn together. `sampling.py` turns it into tokens, and the
+generators of continuous tokens start from it.
 
 How it works: the 64-bit seed and the position are hashed once per row into two 32-bit words, an offset and an odd
 multiplier; every vocabulary id of the row becomes ``offset + multiplier * id``, which the finaliser of MurmurHash3
 (Austin Appleby, public domain) then mixes. All of it is int32 arithmetic modulo 2**32 (two's-complement wraparound, as
-tensor integers do on every device), hence the same bits everywhere. Not for cryptography.
+tensor integers do on every device), hence the same bits everywhere. A draw is one more word of the row hash, so that
+continuous noise shares no numbers with the noise of codes. Not for cryptography.
 
 This module knows nothing of tokens, logits or models.
 """
@@ -80,6 +83,31 @@ def gumbel(seed: Tensor | int, position: Tensor | int, vocabulary_id: Tensor | i
     return uniform.log_().neg_().log_().neg_().to(torch.float32)
 
 
+def normal(
+    seed: Tensor | int, position: Tensor | int, channel: Tensor | int, draw: Tensor | int = 0
+) -> Tensor:
+    """Draws standard normal noise for every (seed, position, channel) of a draw.
+
+    The inverse of the normal distribution function is taken of a uniform number of 32 bits, in float64 before rounding,
+    so that devices agree to the last float32 digit. A solver that needs noise at every step counts its steps in `draw`.
+
+    Args:
+        seed: As for `noise`.
+        position: As for `noise`.
+        channel: LongTensor or int, the channel of a continuous token; taken modulo 2**32.
+        draw: LongTensor or int, which draw of this position; taken modulo 2**32. It belongs to the row: give it a
+            trailing axis of 1 against the channels, as `seed` and `position`.
+
+    Returns:
+        float32 in (-6.4, 6.4), broadcast shape.
+
+    Example:
+        >>> normal(0, 0, torch.arange(3), draw=1).shape
+        torch.Size([3])
+    """
+    return torch.special.ndtri(_uniform(seed, position, channel, draw)).to(torch.float32)
+
+
 def as_seeds(
     seeds: int | Sequence[int] | Tensor | None, batch_size: int, device: torch.device | str | None = None
 ) -> Tensor:
@@ -146,28 +174,32 @@ def _seed(value: object) -> int:
     return seed
 
 
-def _uniform(seed: Tensor | int, position: Tensor | int, vocabulary_id: Tensor | int) -> Tensor:
-    """Returns float64 uniform numbers (k + 0.5) / 2**32, broadcast shape, in a fresh tensor."""
+def _uniform(seed: Tensor | int, position: Tensor | int, last: Tensor | int, *more: Tensor | int) -> Tensor:
+    """Returns float64 uniform numbers (k + 0.5) / 2**32, broadcast shape, in a fresh tensor.
+
+    `more` are further words of the row; `last` is the word that varies inside a row.
+    """
     device = next(
-        (a.device for a in (seed, position, vocabulary_id) if isinstance(a, Tensor)), torch.device("cpu")
+        (a.device for a in (seed, position, last, *more) if isinstance(a, Tensor)), torch.device("cpu")
     )
     if isinstance(seed, Tensor):
         low, high = _low_word(seed, device), _low_word(seed >> 32, device)
     else:
         whole = _seed(seed)
         low, high = _low_word(whole, device), _low_word(whole >> 32, device)
-    offset, multiplier = _row_words(low, high, _low_word(position, device))
-    hashed = _low_word(vocabulary_id, device) * multiplier
+    words = [_low_word(word, device) for word in (position, *more)]
+    offset, multiplier = _row_words(low, high, *words)
+    hashed = _low_word(last, device) * multiplier
     hashed += offset
     _mix(hashed)
     return hashed.to(torch.float64).add_(2.0**31 + 0.5).mul_(2.0**-32)
 
 
-def _row_words(low: Tensor, high: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Hashes seed words and position (int32, broadcasting) into an offset and an odd multiplier, both int32."""
-    word = low + torch.zeros_like(position)  # broadcast shape of a row
+def _row_words(low: Tensor, high: Tensor, *words: Tensor) -> tuple[Tensor, Tensor]:
+    """Hashes seed words and further words (int32, broadcasting) into an offset and an odd multiplier, both int32."""
+    word = low + sum(torch.zeros_like(word) for word in words)  # broadcast shape of a row
     chains = torch.stack([word ^ _CHAINS[0], word ^ _CHAINS[1]])  # (2, ...): both chains in one pass
-    for following in (high, position, None):
+    for following in (high, *words, None):
         chains += _GOLDEN
         _mix(chains)
         if following is not None:

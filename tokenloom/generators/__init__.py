@@ -10,10 +10,16 @@ from tokenloom.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "BlockDiffusionGenerator": "block_diffusion",
         "CaptionFeatures": "conditions",
+        "ContinuousGenerator": "continuous",
+        "Denoising": "continuous",
         "Generator": "base",
         "Guidance": "sampling",
+        "MaskedGenerator": "masked",
         "NextBlockGenerator": "next_block",
+        "LatentStep": "continuous",
+        "NextCellGenerator": "next_cell",
         "NextNeighborGenerator": "next_neighbor",
         "NextScaleGenerator": "next_scale",
         "NextTokenGenerator": "next_token",

@@ -1,4 +1,4 @@
-"""What a generation is asked for and what it reports: checks of codes, batch and kept positions, and `Step`.
+"""What a generation is asked for (`Run`, and the checks before it) and what it reports (`Step`).
 
 Errors say what was expected, what came and how to fix it. Knows nothing of embeddings, plans or sampling.
 
@@ -7,13 +7,19 @@ Legend: B samples, N positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
 from tokenloom.generators.conditions import Condition, Given
+from tokenloom.generators.sampling import Guidance, Sampling
+
+if TYPE_CHECKING:
+    from tokenloom.generators.decoding import Stepper
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,35 @@ class Step:
     num_steps: int
     codes: Tensor
     committed: Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `generate`, checked and ready to run.
+
+    Attributes:
+        batch: Samples B.
+        seeds: LongTensor (B,).
+        guidance: The guidance; where it is enabled, the null half runs behind the conditional half.
+        sampling: How tokens are drawn.
+        prefix: Prefix rows (B or 2B, P, D).
+        stepper: The decode rung.
+        kept: Codes (B, N) and where to keep them, or `None`.
+        on_step: Called after each step.
+    """
+
+    batch: int
+    seeds: Tensor
+    guidance: Guidance
+    sampling: Sampling
+    prefix: Tensor
+    stepper: Stepper
+    kept: tuple[Tensor, Tensor] | None
+    on_step: Callable[[Step], None] | None
+
+    def both(self, codes: Tensor) -> Tensor:
+        """Codes (B, N) for all halves that run, (B or 2B, N)."""
+        return codes.repeat(2, 1) if self.guidance.enabled else codes
 
 
 def check_codes(codes: Tensor, size: int, limits: tuple[int, int], name: str = "codes") -> None:
@@ -108,3 +143,13 @@ def check_known(
             "keep must hold where this generator predicts nothing (plan.predicted == False)."
         )
     return known.to(device), keep.to(device)
+
+
+def diagnose(module: nn.Module) -> str:
+    """Why a module gave values that are not finite: the first damaged parameter, or overflowing activations."""
+    dtype = torch.float32
+    for name, parameter in module.named_parameters():
+        dtype = parameter.dtype
+        if not torch.isfinite(parameter).all():
+            return f"The weights of {name} are not finite; the checkpoint is damaged."
+    return f"All weights are finite, so activations overflowed in {dtype}; run the model in float32."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators import decoding
-from tokenloom.generators.arguments import Step, check_batch, check_codes, check_known
+from tokenloom.generators.arguments import Run, Step, check_batch, check_codes, check_known, diagnose
 from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import RowPlan
@@ -28,7 +28,7 @@ from tokenloom.generators.token_table import TokenTable
 from tokenloom.generators.transformer import Transformer, TransformerConfig
 from tokenloom.rng import as_seeds
 
-__all__ = ["Generator", "Step", "TokenTable"]
+__all__ = ["Generator", "Run", "Step", "TokenTable"]
 
 PREFIX_ROPES = ("identity", "zero", "line")
 
@@ -252,26 +252,52 @@ class Generator(ModelMixin, ConfigMixin):
         batch, device = codes.shape[0], codes.device
         if condition is None:
             condition = self.condition.null(batch, device)
-        plan = self.plan
         prefix = self._prefix(condition, batch, device)
+        return self._forced(self._inputs(codes, prefix), prefix, condition)
+
+    def _forced(self, x: Tensor, prefix: Tensor, condition: Given | None) -> Tensor:
+        """Logits (B, N, V) in layout order of the embeddings (B, R, D) of all rows."""
+        plan, device = self.plan, x.device
         rows = torch.arange(plan.rows)
-        x = self._inputs(codes, prefix)
         mask = plan.mask_for(self.condition.visible(condition), rows, plan.rows, plan.mask)
         taps = self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix))
         hidden = self._collect(taps, plan.sources, plan.weights)
         inverse = self.order.inverse
         return self._head(hidden[:, :, inverse.to(device)], plan.weights[:, inverse], self._table())
 
-    def loss(self, codes: Tensor, condition: Given | None = None) -> Tensor:
-        """Mean cross-entropy in nats a token of codes (B, N), over the positions that are predicted."""
-        logits, predicted = self.logits(codes, condition), self.plan.predicted
-        if not bool(predicted.all()):
-            logits, codes = logits[:, predicted], codes[:, predicted]
-        return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten() + self.special)
+    def loss(self, codes: Tensor, condition: Given | None = None, weights: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats a token of codes (B, N), over the positions that are predicted.
 
-    def forward(self, codes: Tensor, condition: Given | None = None) -> Tensor:
-        """`loss(codes, condition)`, the training forward."""
-        return self.loss(codes, condition)
+        Samples that the condition does not count (`CaptionFeatures.valid`) are left out; the loss is 0 if none is left.
+
+        Args:
+            codes: LongTensor (B, N).
+            condition: What the model's condition takes.
+            weights: (N,) or (B, N), by which the cross-entropy of each position is multiplied; `None` is 1.
+        """
+        return self._mean_loss(self.logits(codes, condition), codes, condition, weights)
+
+    def _mean_loss(
+        self, logits: Tensor, codes: Tensor, condition: Given | None, weights: Tensor | None
+    ) -> Tensor:
+        if weights is not None and tuple(weights.shape) not in (tuple(codes.shape), tuple(codes.shape[1:])):
+            raise TokenloomError(
+                f"weights must be (N,) or (B, N) for codes {tuple(codes.shape)}, got {tuple(weights.shape)}."
+            )
+        flat, targets = logits.float().flatten(0, 1), codes.flatten() + self.special
+        losses = F.cross_entropy(flat, targets, reduction="none").view_as(codes)
+        if weights is not None:
+            losses = losses * weights.to(losses)
+        losses = losses[:, self.plan.predicted.to(losses.device)].mean(1)
+        counted = self.condition.counted(condition)
+        if counted is None:
+            return losses.mean()
+        counts = counted.to(losses)
+        return (losses * counts).sum() / counts.sum().clamp(min=1)
+
+    def forward(self, codes: Tensor, condition: Given | None = None, **options: Any) -> Tensor:
+        """`loss(codes, condition, ...)`, the training forward."""
+        return self.loss(codes, condition, **options)
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
@@ -313,7 +339,7 @@ class Generator(ModelMixin, ConfigMixin):
         limits = (-self.special, self.vocab_size)
         kept = check_known(known, keep, batch, self.plan.predicted, limits, self.device)
         noise_seeds = as_seeds(seeds, batch, self.device)
-        strength, sampling = Guidance.of(guidance), sampling or Sampling()
+        strength = Guidance.of(guidance)
         prefix, visible = self._prefix(condition, batch, self.device), self.condition.visible(condition)
         if strength.enabled:
             null = self.condition.null(batch, self.device)
@@ -321,29 +347,33 @@ class Generator(ModelMixin, ConfigMixin):
                 null = self.condition.null_like(condition, self.device)
             prefix = torch.cat((prefix, self._prefix(null, batch, self.device)))
             visible = None if visible is None else visible.repeat(2, 1)
-        stepper, table = decoding.make(decode, self, prefix, visible), self._table()
-        feed = self._feed(prefix)
-        order = self.order
-        codes = torch.zeros(batch, order.layout.size, dtype=torch.long, device=self.device)
+        stepper = decoding.make(decode, self, prefix, visible)
+        return self._run(
+            Run(batch, noise_seeds, strength, sampling or Sampling(), prefix, stepper, kept, on_step)
+        )
+
+    def _run(self, run: Run) -> Tensor:
+        """Codes (B, N): one step of the plan after the other. Paradigms that revisit positions have their own loop."""
+        feed, order, table, kept = self._feed(run.prefix), self.order, self._table(), run.kept
+        codes = torch.zeros(run.batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
         for index, step in enumerate(self.plan.steps):
             progress = index / max(1, order.num_steps - 1)
-            shown = codes.repeat(2, 1) if strength.enabled else codes
-            taps = stepper(feed(shown, index), index) if len(step.rows) else ()
+            taps = run.stepper(feed(run.both(codes), index), index) if len(step.rows) else ()
             positions = step.positions.to(codes.device)
             ids = torch.zeros_like(codes[:, positions])
             if bool(step.weights.any()):
                 made = order.slices[index].start
-                scale = strength.at(progress, step=index, made=made, count=len(positions))
-                hidden = self._guide(self._collect(taps, step.sources, step.weights), scale, batch)
+                scale = run.guidance.at(progress, step=index, made=made, count=len(positions))
+                hidden = self._guide(self._collect(taps, step.sources, step.weights), scale, run.batch)
                 logits = self._head(hidden, step.weights, table)
-                ids = self._sample(logits, noise_seeds, positions, sampling.at(progress), index)
+                ids = self._sample(logits, run.seeds, positions, run.sampling.at(progress), index)
             if kept is not None:
                 ids = torch.where(kept[1][:, positions], kept[0][:, positions], ids)
             codes[:, positions] = ids
             committed[step.positions] = True
-            if on_step is not None:
-                on_step(Step(index, order.num_steps, codes, committed.clone()))
+            if run.on_step is not None:
+                run.on_step(Step(index, order.num_steps, codes, committed.clone()))
         return codes
 
     @staticmethod
@@ -362,13 +392,4 @@ class Generator(ModelMixin, ConfigMixin):
         except TokenloomError as error:
             if torch.isfinite(logits).all():
                 raise
-            raise TokenloomError(
-                f"Step {step} of {self.order.num_steps}: {error} {self._diagnose()}"
-            ) from None
-
-    def _diagnose(self) -> str:
-        """Names the first parameter that is not finite, or says that activations overflowed."""
-        for name, parameter in self.named_parameters():
-            if not torch.isfinite(parameter).all():
-                return f"The weights of {name} are not finite; the checkpoint is damaged."
-        return f"All weights are finite, so activations overflowed in {self.dtype}; run the model in float32."
+            raise TokenloomError(f"Step {step} of {self.order.num_steps}: {error} {diagnose(self)}") from None

@@ -24,6 +24,7 @@ class CaptionFeatures:
     Attributes:
         features: (B, P, F), padded on the left.
         mask: Boolean or 0/1 (B, P), true for real words; `None` = all are real.
+        valid: Boolean or 0/1 (B,), false for samples that do not count in the loss; `None` = all count.
 
     Example:
         >>> CaptionFeatures(torch.zeros(2, 4, 8), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).shape
@@ -32,6 +33,7 @@ class CaptionFeatures:
 
     features: Tensor
     mask: Tensor | None = None
+    valid: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -40,9 +42,10 @@ class CaptionFeatures:
 
     def to(self, device: torch.device) -> CaptionFeatures:
         """The same features on another device."""
-        return CaptionFeatures(
-            self.features.to(device), None if self.mask is None else self.mask.to(device, torch.bool)
+        mask, valid = (
+            None if value is None else value.to(device, torch.bool) for value in (self.mask, self.valid)
         )
+        return CaptionFeatures(self.features.to(device), mask, valid)
 
 
 Given = Tensor | CaptionFeatures
@@ -71,6 +74,10 @@ class Condition(nn.Module):
 
     def visible(self, condition: Any) -> Tensor | None:
         """BoolTensor (B, P): which prefix rows other rows may look at; `None` where nothing is hidden."""
+        return None
+
+    def counted(self, condition: Any) -> Tensor | None:
+        """BoolTensor (B,): which samples count in the loss; `None` where all do."""
         return None
 
     def forward(self, condition: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -140,7 +147,7 @@ class ClassCondition(Condition):
         """Labels must be integers in 0..num_classes."""
         if not isinstance(condition, Tensor) or condition.ndim != 1 or condition.is_floating_point():
             raise TokenloomError(
-                f"Class labels must be an integer tensor of shape (B,), got {_describe(condition)}."
+                f"Class labels must be an integer tensor of shape (B,), got {describe(condition)}."
             )
         last = self.num_classes - (not self.null_class)
         if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) <= last:
@@ -183,7 +190,7 @@ class WordCondition(Condition):
         good = isinstance(condition, Tensor) and not condition.is_floating_point()
         if not good or condition.ndim != 2 or condition.shape[1] != self.length:
             raise TokenloomError(
-                f"Word ids must be an integer tensor of shape (B, {self.length}), got {_describe(condition)}."
+                f"Word ids must be an integer tensor of shape (B, {self.length}), got {describe(condition)}."
             )
         if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) < self.vocabulary:
             raise TokenloomError(
@@ -225,7 +232,7 @@ class TokenCondition(Condition):
         if not good or condition.shape[1:] != ((self.ids,) if condition.ndim == 2 or self.ids != 1 else ()):
             shape = "(B,)" if self.ids == 1 else f"(B, {self.ids})"
             raise TokenloomError(
-                f"The condition must be an integer tensor of shape {shape}, got {_describe(condition)}."
+                f"The condition must be an integer tensor of shape {shape}, got {describe(condition)}."
             )
         if condition.numel() and not -1 <= int(condition.min()) <= int(condition.max()) < self.vocabulary:
             raise TokenloomError(
@@ -274,16 +281,18 @@ class FeatureCondition(Condition):
         """Features must be floating and (B, P, F), masks (B, P) with a true last column."""
         if not isinstance(condition, CaptionFeatures):
             raise TokenloomError(
-                f"This generator takes CaptionFeatures(features, mask), got {_describe(condition)}."
+                f"This generator takes CaptionFeatures(features, mask), got {describe(condition)}."
             )
-        features, mask = condition.features, condition.mask
+        features, mask, valid = condition.features, condition.mask, condition.valid
         if not features.is_floating_point() or features.ndim != 3 or features.shape[1:] != self.absent.shape:
             raise TokenloomError(
                 f"Caption features must be floating, of shape (B, {self.length}, {self.features}), "
-                f"got {_describe(features)}."
+                f"got {describe(features)}."
             )
         if mask is not None and mask.shape != features.shape[:2]:
             raise TokenloomError(f"The mask must be {tuple(features.shape[:2])}, got {tuple(mask.shape)}.")
+        if valid is not None and valid.shape != features.shape[:1]:
+            raise TokenloomError(f"valid must be {tuple(features.shape[:1])}, got {tuple(valid.shape)}.")
         if mask is not None and not bool(mask[:, -1].all()):
             raise TokenloomError(
                 "Captions are padded on the left, but the last column of the mask has zeros."
@@ -295,13 +304,18 @@ class FeatureCondition(Condition):
             return None
         return condition.mask.bool()
 
+    def counted(self, condition: CaptionFeatures | None) -> Tensor | None:
+        """`valid`, as LlamaGen trains: captions whose features are missing teach nothing."""
+        return None if condition is None or condition.valid is None else condition.valid.bool()
+
     def forward(self, condition: CaptionFeatures, batch: int, device: torch.device) -> Tensor:  # type: ignore[override]
         """One row a word."""
         hidden = self.up(condition.features.to(self.up.weight.dtype))
         return self.down(F.gelu(hidden, approximate="tanh"))
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value in an error message: dtype and shape of a tensor, else its repr."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 

@@ -19,7 +19,7 @@ from tokenloom.generators.base import Generator
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import RowPlan, scale_plan
 from tokenloom.layouts import Layout
-from tokenloom.pyramid import ResidualPyramid
+from tokenloom.pyramid import Pyramid, ResidualPyramid
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,33 @@ class NextScaleGenerator(Generator):
         """A `ScaleRule`."""
         check_options(ScaleRule, options, "rule option of NextScaleGenerator")
         return ScaleRule(**options)
+
+    @staticmethod
+    def rule_for(pyramid: Pyramid) -> dict[str, Any]:
+        """The options of `ScaleRule` that describe a pyramid."""
+        kernel = pyramid.phis[0].kernel_size[0] if len(pyramid.phis) else 1
+        return {
+            "channels": pyramid.channels,
+            "phis": len(pyramid.phis),
+            "ratio": pyramid.ratio,
+            "kernel": kernel,
+        }
+
+    @torch.no_grad()
+    def take_pyramid(self, pyramid: Pyramid, vectors: Tensor) -> None:
+        """Copies the convolutions of a tokenizer's pyramid and the vectors (V, C) of its codes.
+
+        Raises:
+            TokenloomError: If the pyramid enlarges maps in another way than this generator, or has other sizes.
+        """
+        own = self.tokens.pyramid
+        if pyramid.up != own.up or pyramid.maps != own.maps or vectors.shape != own.codes.weight.shape:
+            raise TokenloomError(
+                f"The pyramid has {pyramid.maps} maps, enlarges them by {pyramid.up!r} and has vectors "
+                f"{tuple(vectors.shape)}; this generator needs {own.maps}, {own.up!r}, {tuple(own.codes.weight.shape)}."
+            )
+        own.phis.load_state_dict(pyramid.phis.state_dict())
+        own.codes.weight.copy_(vectors)
 
     def make_plan(self, order: Order, prefix: int, causal_prefix: bool) -> RowPlan:
         """Rows at the places they predict."""

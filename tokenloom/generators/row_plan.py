@@ -60,6 +60,8 @@ class RowPlan:
         weights: float32 (J, N), the weight of each head; the columns sum to 1, or to 0 where a position is
             predicted by no row and has to be known.
         order: The order behind it.
+        visits: For each feed, the step of the order it works on, where steps are visited several times; `None` means
+            that the n-th feed is the n-th step.
     """
 
     feeds: tuple[Tensor, ...]
@@ -72,6 +74,7 @@ class RowPlan:
     order: Order
     learned: Tensor | None = None
     place: Tensor | None = None
+    visits: tuple[int, ...] | None = None
 
     @cached_property
     def vectors(self) -> Tensor:
@@ -87,11 +90,12 @@ class RowPlan:
 
     @cached_property
     def steps(self) -> tuple[StepRows, ...]:
-        """One `StepRows` a step."""
-        return tuple(self._step(step) for step in range(self.order.num_steps))
+        """One `StepRows` a feed."""
+        return tuple(self._step(index) for index in range(len(self.feeds)))
 
     def _step(self, step: int) -> StepRows:
-        rows, place = self.feeds[step], self.order.slices[step]
+        place = self.order.slices[step if self.visits is None else self.visits[step]]
+        rows = self.feeds[step]
         local = torch.full((self.rows,), -1)
         local[rows] = torch.arange(len(rows))
         weights = self.weights[:, place]

@@ -1,7 +1,8 @@
 """Convolutional encoder and decoder of image tokenizers: residual blocks at falling and rising resolution.
 
-Two published forms are built from the same parts. "taming" (Esser et al. 2021, as used by LlamaGen) has biases, attention at
-the lowest resolution and strided convolutions; "maskgit" (Chang et al. 2022) has none of the three. Knows feature maps;
+Three published forms are built from the same parts. "taming" (Esser et al. 2021, as used by LlamaGen and VAR) has biases,
+attention at the lowest resolution and strided convolutions; "flux" (as used by Infinity) is the same without attention;
+"maskgit" (Chang et al. 2022) has none of the three. Knows feature maps;
 knows nothing of codes, quantizers or files.
 """
 
@@ -29,6 +30,7 @@ class Form:
             instead of its input.
         extra_decoder_block: Whether the decoder has one block a level more than the encoder.
         wide_output: Whether the encoder ends with a 3x3 convolution instead of a 1x1.
+        deep_middle: Whether the middle has as many blocks as a level of the encoder, instead of two.
     """
 
     bias: bool
@@ -37,11 +39,13 @@ class Form:
     late_shortcut: bool
     extra_decoder_block: bool
     wide_output: bool
+    deep_middle: bool
 
 
 FORMS = {
-    "taming": Form(True, True, True, False, True, True),
-    "maskgit": Form(False, False, False, True, False, False),
+    "taming": Form(True, True, True, False, True, True, False),
+    "flux": Form(True, False, True, False, True, True, False),
+    "maskgit": Form(False, False, False, True, False, False, True),
 }
 
 
@@ -172,9 +176,10 @@ class Level(nn.Module):
 
 def _middle(width: int, config: CNNConfig) -> nn.Sequential:
     form = FORMS[config.form]
-    first, last = (ResidualBlock(width, width, config.groups, form) for _ in range(2))
+    count = config.blocks if form.deep_middle else 2
+    first, *rest = (ResidualBlock(width, width, config.groups, form) for _ in range(count))
     attention = [SpatialAttention(width, config.groups)] if form.attention else []
-    return nn.Sequential(first, *attention, last)
+    return nn.Sequential(first, *attention, *rest)
 
 
 class CNNEncoder(nn.Module):

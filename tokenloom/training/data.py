@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
 from tokenloom.data.dataset import ImageCaptionFolder
 from tokenloom.errors import TokenloomError
-from tokenloom.tokenizers.image_vq import ImageVQTokenizer
+from tokenloom.tokenizers.image import ImageTokenizer
+from tokenloom.tokenizers.registry import load_tokenizer
 from tokenloom.training.config import DataConfig
 
 
@@ -35,11 +34,22 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def open_tokenizer(folder: str) -> ImageVQTokenizer:
-    """The image tokenizer that `train-tokenizer` wrote into a folder, with float32 weights."""
-    if not (Path(folder) / ImageVQTokenizer.config_name).is_file():
+def open_tokenizer(folder: str) -> ImageTokenizer:
+    """The image tokenizer of whichever class that `train-tokenizer` or `save_pretrained` wrote, with float32 weights."""
+    tokenizer = load_tokenizer(folder)
+    if not isinstance(tokenizer, ImageTokenizer):
+        raise TokenloomError(f"{folder!r} holds a {type(tokenizer).__name__}, which is no image tokenizer.")
+    return tokenizer
+
+
+def square_side(tokenizer: ImageTokenizer) -> int:
+    """Side of the square pictures that a tokenizer trains on.
+
+    Raises:
+        TokenloomError: If its pictures are not square.
+    """
+    if not isinstance(tokenizer.image_size, int):
         raise TokenloomError(
-            f"There is no image tokenizer in {folder!r}: it has no {ImageVQTokenizer.config_name}. Give the folder "
-            '"model" that `tokenloom train-tokenizer` writes, or "tokenizer" of a saved pipeline.'
+            f"Training pictures are square, but this tokenizer has image_size {tokenizer.image_size}; make its two sides equal."
         )
-    return ImageVQTokenizer.from_pretrained(folder).float()
+    return tokenizer.image_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
@@ -14,29 +14,27 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokenloom.data.prompts import caption
-from tokenloom.errors import TokenloomError, unknown_name
-from tokenloom.generators import NextBlockGenerator, NextNeighborGenerator, NextTokenGenerator, orders
+from tokenloom.errors import TokenloomError
+from tokenloom.generators import orders
 from tokenloom.generators.base import Generator
-from tokenloom.media import save_image, sheet
+from tokenloom.media import save_image, sheet, to_pil
 from tokenloom.pipelines.text_to_image import TextToImagePipeline
-from tokenloom.tokenizers.image_vq import ImageVQTokenizer
+from tokenloom.tokenizers.image import ImageTokenizer
+from tokenloom.tokenizers.pixels import rescale
 from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.training.augment import augment
 from tokenloom.training.config import GeneratorConfig
-from tokenloom.training.data import open_folder, open_tokenizer, to_float
+from tokenloom.training.data import open_folder, open_tokenizer, square_side, to_float
+from tokenloom.training.families import build_generator, family
 from tokenloom.training.loop import Task
 
-GENERATORS: dict[str, type[Generator]] = {
-    "next_token": NextTokenGenerator,
-    "next_neighbor": NextNeighborGenerator,
-    "next_block": NextBlockGenerator,
-}
-_DEFAULT_ORDERS = {"next_token": "raster", "next_neighbor": "neighbors", "next_block": "raster"}
+if TYPE_CHECKING:
+    from tokenloom.generators.block_diffusion import BlockDiffusionGenerator
 
 
 @torch.no_grad()
 def cache_codes(
-    tokenizer: ImageVQTokenizer, pixels: Tensor, config: GeneratorConfig, batch_size: int = 256
+    tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorConfig, batch_size: int = 256
 ) -> Tensor:
     """Codes of all pictures, `config.views` copies each.
 
@@ -56,7 +54,8 @@ def cache_codes(
         for batch in pixels.split(batch_size):
             values = to_float(batch)
             values = augment(values, config.augment, generator) if view else values
-            parts.append(tokenizer.encode(values.to(tokenizer.device)).int().cpu())
+            values = rescale(values.to(tokenizer.device), (-1.0, 1.0), tokenizer.pixel_range)
+            parts.append(tokenizer.encode(values).int().cpu())
         views.append(torch.cat(parts))
     return torch.stack(views, dim=1)
 
@@ -65,13 +64,12 @@ class GeneratorTask(Task):
     """Trains a generator of image codes from words."""
 
     def __init__(self, config: GeneratorConfig) -> None:
-        if config.generator not in GENERATORS:
-            raise unknown_name("generator", config.generator, GENERATORS)
+        family(config.generator)
         self.config = config
         set_seed(config.loop.seed)
         self.tokenizer = open_tokenizer(config.tokenizer).eval()
         self.tokenizer.to(PartialState().device)
-        folder = open_folder(config.data, self.tokenizer.image_size)
+        folder = open_folder(config.data, square_side(self.tokenizer))
         self.captions = folder.captions
         if not any(item.text for item in self.captions):
             raise TokenloomError(
@@ -84,6 +82,8 @@ class GeneratorTask(Task):
         self.codes = cache_codes(self.tokenizer, folder.stack(), config)
         self.size = len(self.codes)
         self.generator = self._build()
+        self._check_loss()
+        self._grow(0)
         self.module = self.generator.train()
 
     def _build(self) -> Generator:
@@ -92,25 +92,56 @@ class GeneratorTask(Task):
             pipeline = TextToImagePipeline.from_pretrained(config.init_from)
             self.words = pipeline.text_tokenizer
             return pipeline.generator
-        options = dict(config.model)
-        name = options.pop("order", _DEFAULT_ORDERS[config.generator])
-        kind = GENERATORS[config.generator]
-        order = orders.build(name, self.tokenizer.layout, **options.pop("order_options", {}))
-        fixed: dict[str, Any] = {
-            "order_config": order.to_config(),
-            "vocab_size": self.tokenizer.vocab_size,
-            "transformer_config": options.pop("transformer", {}),
-            "condition_config": {
-                "kind": "words",
-                "vocabulary": len(self.words),
-                "length": config.text.max_length,
-            },
+        words = {"kind": "words", "vocabulary": len(self.words), "length": config.text.max_length}
+        return build_generator(config.generator, self.tokenizer, words, config.model)
+
+    def _check_loss(self) -> None:
+        """Refuses details of training that this generator does not have."""
+        wanted, steps = self.config.loss, self.generator.order.num_steps
+        name = type(self.generator).__name__
+        weighted = bool(wanted.step_weights or wanted.progressive)
+        if weighted and "weights" not in inspect.signature(type(self.generator).loss).parameters:
+            raise TokenloomError(
+                f"{name} has no weights of steps; remove loss.step_weights and .progressive."
+            )
+        if wanted.step_weights and len(wanted.step_weights) != steps:
+            raise TokenloomError(
+                f"loss.step_weights needs one weight for each of the {steps} steps, got {len(wanted.step_weights)}."
+            )
+        if wanted.growth and weighted:
+            raise TokenloomError(
+                "loss.growth changes the steps; leave out loss.step_weights and .progressive."
+            )
+        if wanted.growth and not (hasattr(self.generator, "grow") and self.generator.order.name == "blocks"):
+            raise TokenloomError(
+                f"loss.growth needs the generator block_diffusion and the order 'blocks', got {name} and "
+                f"{self.generator.order.name!r}."
+            )
+
+    def _grow(self, step: int) -> None:
+        """Brings the blocks to their size at a step of the training."""
+        sizes, share = self.config.loss.growth, self.config.loss.growth_share
+        if not sizes:
+            return
+        length = max(1.0, share * self.config.loop.steps / len(sizes))
+        size = sizes[min(int(step / length), len(sizes) - 1)]
+        options = dict(self.generator.order.options) | {
+            "block": tuple(size) if isinstance(size, list) else size
         }
-        for key in options:
-            allowed = inspect.signature(kind).parameters.keys() - fixed.keys()
-            if key not in allowed:
-                raise unknown_name("model option", key, [*allowed, "order", "order_options", "transformer"])
-        return kind(**fixed, **options)
+        order = orders.build("blocks", self.generator.order.layout, **options)
+        if order != self.generator.order:
+            cast("BlockDiffusionGenerator", self.generator).grow(order)
+
+    def _weights(self, step: int) -> Tensor | None:
+        """Weights (N,) of the positions in the loss at a step of the training."""
+        wanted, order = self.config.loss, self.generator.order
+        by_step = torch.tensor(wanted.step_weights or [1.0] * order.num_steps)
+        last = wanted.progressive * self.config.loop.steps
+        if step < last:
+            first = min(wanted.progressive_first, order.num_steps)
+            count = first + int((order.num_steps - first) * step / last)
+            by_step = by_step * (torch.arange(order.num_steps) < count)
+        return by_step[order.step] if wanted.step_weights or step < last else None
 
     def _caption(self, index: int, rng: random.Random) -> str:
         item = self.captions[index]
@@ -129,7 +160,10 @@ class GeneratorTask(Task):
 
     def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy in nats a token."""
-        return module(batch["codes"], batch["condition"]), {}
+        self._grow(step)
+        weights = self._weights(step)
+        options = {} if weights is None else {"weights": weights}
+        return module(batch["codes"], batch["condition"], **options), {}
 
     def _pipeline(self) -> TextToImagePipeline:
         pipeline = TextToImagePipeline(self.tokenizer, self.generator, self.words, dict(self.config.sampling))
@@ -137,11 +171,26 @@ class GeneratorTask(Task):
         return pipeline
 
     def samples(self, path: Path) -> None:
-        """A sheet of the configured prompts with fixed seeds."""
+        """A sheet of the configured prompts with fixed seeds; continuations where a part has to be known."""
+        if not bool(self.generator.plan.predicted.all()):
+            self._continuations(path)
+            return
         written = [item.text for item in self.captions if item.text]
         prompts = self.config.sample_prompts or written[:16]
         images = self._pipeline()(prompts, seed=[0] * len(prompts)).images
         save_image(sheet(cast("list[Image.Image]", images), columns=min(8, len(images))), path)
+
+    def _continuations(self, path: Path) -> None:
+        """A sheet: the first pictures above, and what is made of their known parts below."""
+        device, count = self.generator.device, min(8, self.size)
+        codes = self.codes[:count, 0].long().to(device)
+        words = self.words([item.text for item in self.captions[:count]]).to(device)
+        keep = ~self.generator.plan.predicted
+        made = self.generator.generate(words, seeds=[0] * count, known=codes, keep=keep)
+        pixels = torch.cat([self.tokenizer.decode(part.to(self.tokenizer.device)) for part in (codes, made)])
+        low, high = getattr(self.tokenizer, "pixel_range", (-1.0, 1.0))
+        pixels = (pixels.cpu().float() - low) / (high - low) * 2 - 1
+        save_image(sheet(to_pil(pixels), columns=count), path)
 
     def save(self, folder: Path) -> None:
         """Writes a pipeline folder with a weight record."""

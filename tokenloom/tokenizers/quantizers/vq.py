@@ -33,7 +33,8 @@ class VQ(Quantizer):
         dim: Width d of a code.
         normalize: `True`: unit-length inputs and codes (cosine lookup). `False`: Euclidean lookup. "inputs": unit-length
             inputs, codes as they are stored, chosen by the largest dot product; moving averages are written at unit
-            length (the cosine codebook of vector-quantize-pytorch).
+            length (the cosine codebook of vector-quantize-pytorch). "lookup": the code of the most similar direction,
+            with inputs and codes as they are (VAR's cosine variant, DAC).
         commitment: Weight of the commitment loss.
         ema_decay: Decay of the moving averages, or `None` for a gradient-trained codebook.
         revive_after: Batches without use before a code is revived; 0 = never.
@@ -70,8 +71,8 @@ class VQ(Quantizer):
             )
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise TokenloomError(f"ema_decay must lie in [0, 1) or be None, got {ema_decay}.")
-        if normalize not in (True, False, "inputs"):
-            raise TokenloomError(f"normalize must be True, False or 'inputs', got {normalize!r}.")
+        if normalize not in (True, False, "inputs", "lookup"):
+            raise TokenloomError(f"normalize must be True, False, 'inputs' or 'lookup', got {normalize!r}.")
         if entropy_temperature <= 0:
             raise TokenloomError(f"entropy_temperature must be above 0, got {entropy_temperature}.")
         self.codebook_size, self.dim = codebook_size, dim
@@ -88,28 +89,35 @@ class VQ(Quantizer):
             self.register_buffer("ema_count", torch.ones(codebook_size))
             self.register_buffer("ema_sum", self.codebook.detach().clone())
 
+    @property
+    def unit_inputs(self) -> bool:
+        """Whether vectors are brought to unit length before they are compared and coded."""
+        return self.normalize in (True, "inputs")
+
     def table(self) -> Tensor:
         """The (codebook_size, d) vectors used for lookup."""
         return F.normalize(self.codebook, dim=-1) if self.normalize is True else self.codebook
 
-    def encode(self, z: Tensor, *, defer: bool = False) -> Quantized:
+    def encode(self, z: Tensor, *, defer: bool = False, learn: bool = True) -> Quantized:
         """Quantizes (B, N, d) float vectors; computed in float32, also under autocast.
 
         Args:
             z: (B, N, d) vectors.
             defer: Gather the moving averages but leave the codebook until `write_averages` (shared codebooks).
+            learn: Whether this is a training batch for averages, counts and revival, if the module trains at all.
         """
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().flatten(0, -2)
-            flat = F.normalize(flat, dim=-1) if self.normalize else flat
-            if self.training:  # before the lookup: the backward pass needs the codebook unchanged
-                self._place(flat.detach())
+            flat = F.normalize(flat, dim=-1) if self.unit_inputs else flat
+            learn = learn and self.training
+            if learn:  # before the lookup: the backward pass needs the codebook unchanged
+                self.place(flat.detach())
             table = self.table().float()
             codes = self._nearest(flat, table)
             chosen = table[codes]
             losses = self._losses(flat, chosen, table)
-            if self.training:
-                self._update(flat.detach(), codes)
+            if learn:
+                self.update(flat.detach(), codes)
                 if not defer:
                     self.write_averages()
             z_q = (rotate_to if self.rotation else straight_through)(flat, chosen)
@@ -123,6 +131,8 @@ class VQ(Quantizer):
     def _nearest(self, flat: Tensor, table: Tensor) -> Tensor:
         if self.normalize == "inputs":
             return (flat.detach() @ table.detach().T).argmax(1)
+        if self.normalize == "lookup":
+            return (F.normalize(flat.detach(), dim=-1) @ F.normalize(table.detach(), dim=-1).T).argmax(1)
         return nearest(flat, table)
 
     def _losses(self, flat: Tensor, chosen: Tensor, table: Tensor) -> dict[str, Tensor]:
@@ -141,12 +151,10 @@ class VQ(Quantizer):
         return -(log_p.exp() * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
 
     @torch.no_grad()
-    def _place(self, flat: Tensor) -> None:
+    def place(self, flat: Tensor) -> None:
         """Moves codes onto vectors of the batch (M, d): all of them at the first batch, dead ones later."""
         if self.kmeans_init and not bool(self.initialized):
-            centres = from_first_process(
-                kmeans(flat, self.codebook_size, self.kmeans_init, bool(self.normalize))
-            )
+            centres = from_first_process(kmeans(flat, self.codebook_size, self.kmeans_init, self.unit_inputs))
             self._move(torch.arange(self.codebook_size, device=flat.device), centres)
             self.initialized.fill_(True)
         if self.revive_after:
@@ -162,7 +170,8 @@ class VQ(Quantizer):
             self.ema_sum[codes], self.ema_count[codes] = vectors.to(self.ema_sum.dtype), 1.0
 
     @torch.no_grad()
-    def _update(self, flat: Tensor, codes: Tensor) -> None:
+    def update(self, flat: Tensor, codes: Tensor) -> None:
+        """Counts the codes (M,) of vectors (M, d) and gathers their moving averages, as one training batch."""
         if self.ema_decay is None and not self.revive_after:
             return
         counts = sum_processes(torch.bincount(codes, minlength=self.codebook_size))
