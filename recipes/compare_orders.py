@@ -211,14 +211,14 @@ def measure(name: str, args: argparse.Namespace, pictures: EvaluationSet, judge:
     }
 
 
-def speed(name: str, first: str, args: argparse.Namespace) -> dict[str, Any]:
+def speed(name: str, first: str, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds a picture at batch 1, in turns with the first order."""
     pipes = [
         TextToImagePipeline.from_pretrained(folder_of(key, args) / "run" / "model") for key in (name, first)
     ]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
-    ours, other = (lambda pipe=pipe: pipe("a simple picture of a red apple", seed=0) for pipe in pipes)
+    ours, other = (lambda pipe=pipe: pipe(prompt, seed=0) for pipe in pipes)
     return compare_speed(ours, other, rounds=args.rounds, names=(name, first)).as_dict()
 
 
@@ -274,9 +274,10 @@ def main(words: list[str] | None = None) -> None:
         once(folder_of(name, args) / "training.json", lambda name=name: train(name, args))
     pictures, judge = EvaluationSet.load(args.data), Judge.load(args.judge)
     figures = {name: measure(name, args, pictures, judge) for name in names}
+    prompt = pictures.split("train").groups(args.groups or None).captions[0].text
     for name in names:
         path = folder_of(name, args) / f"speed-{folder_of(names[0], args).name}.json"
-        figures[name]["speed"] = once(path, lambda name=name: speed(name, names[0], args))
+        figures[name]["speed"] = once(path, lambda name=name: speed(name, names[0], prompt, args))
     write_atomically(args.output / "comparison.json", json.dumps(plain(figures), indent=1))
     write_atomically(args.output / "comparison.md", report(figures, args))
     print(report(figures, args))
