@@ -32,7 +32,7 @@ from tokenloom.evaluation import (
 )
 from tokenloom.evaluation.tables import markdown_table, plain
 from tokenloom.media import write_atomically
-from tokenloom.training.data import open_tokenizer, to_float
+from tokenloom.training.data import open_tokenizer
 from tokenloom.training.run import train_generator
 
 # Name in the table: name of the generator, options of the model, of the transformer.
@@ -168,11 +168,9 @@ def likelihood(pipe: Any, pictures: EvaluationSet) -> dict[str, Any]:
     """Bits of held-out pictures given their captions, and what a picture costs."""
     model, total, count = pipe.generator, 0.0, 0
     predicted = model.plan.predicted
-    low, high = getattr(pipe.tokenizer, "pixel_range", (-1.0, 1.0))
     for start in range(0, len(pictures), 32):
         part = pictures.select(range(start, min(start + 32, len(pictures))))
-        pixels = to_float(part.pixels) * (high - low) / 2 + (high + low) / 2
-        codes = pipe.tokenizer.encode(pixels)
+        codes = pipe.tokenizer.encode(part.pixels)
         logits = model.logits(codes, pipe.text_tokenizer([caption.text for caption in part.captions]))
         losses = F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none")[:, predicted]
         total, count = total + float(losses.double().sum()), count + losses.numel()

@@ -7,9 +7,18 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from test_checkpoints_image_cnn import FAMILIES, golden
+from test_checkpoints_image_scale import FAMILIES as SCALE_FAMILIES
+from test_checkpoints_image_scale import golden as scale_golden
 from torch import Tensor, nn
 
-from tokenloom import ImageCNNTokenizer, ImageVQTokenizer, Layout, Tokenizer, TokenloomError
+from tokenloom import (
+    ImageCNNTokenizer,
+    ImageScaleTokenizer,
+    ImageVQTokenizer,
+    Layout,
+    Tokenizer,
+    TokenloomError,
+)
 from tokenloom.checkpoints import from_official
 from tokenloom.testing import TokenizerCheckError, check_tokenizer
 from tokenloom.testing.suite import CHECKS
@@ -79,6 +88,51 @@ class Wave(Tokenizer):
         return ((codes - 100) / 20).to(self.gain.dtype)[:, None] / self.gain
 
 
+class Coarse(Tokenizer):
+    """A grey level of the whole picture, then what each patch adds to it: 1 or all codes decode."""
+
+    modality = "image"
+
+    @register_to_config
+    def __init__(self, image_size: int = 16, side: int = 4) -> None:
+        super().__init__()
+        self.image_size, self.side, self.vocab_size = image_size, side, 64
+        self.layout = Layout.scales([1, side])
+        self.gain = nn.Parameter(torch.ones(1))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (1, self.layout.size)
+
+    def encode(self, media: Tensor, *, num_tokens: int | None = None) -> Tensor:
+        if num_tokens is not None:
+            self.check_num_tokens(num_tokens)
+        fine = F.adaptive_avg_pool2d((media * self.gain).mean(1), self.side)
+        whole = self.level(fine.mean((1, 2)))
+        detail = self.level(self.order(fine - self.grey(whole)[:, None, None]).flatten(1) / 2)
+        return torch.cat([whole[:, None], detail], dim=1)[:, :num_tokens]
+
+    def level(self, grey: Tensor) -> Tensor:
+        return ((grey + 1) * 32).long().clamp(0, 63)
+
+    def grey(self, codes: Tensor) -> Tensor:
+        return ((codes + 0.5) / 32 - 1).to(self.gain.dtype)
+
+    def order(self, maps: Tensor) -> Tensor:
+        return maps
+
+    def decode(self, codes: Tensor) -> Tensor:
+        self.check_codes(codes)
+        picture = self.grey(codes[:, :1, None]).expand(-1, self.side, self.side)
+        if codes.shape[1] > 1:
+            picture = picture + 2 * self.order(self.grey(codes[:, 1:]).unflatten(1, (self.side, -1)))
+        picture = picture[:, None].expand(-1, 3, -1, -1) / self.gain
+        return F.interpolate(picture, (self.image_size,) * 2).clamp(-1, 1)
+
+    def reconstruct(self, media: Tensor, *, num_tokens: int | None = None) -> Tensor:
+        return self.decode(self.encode(media, num_tokens=num_tokens))
+
+
 # what passes
 
 
@@ -105,9 +159,26 @@ def test_official_tokenizers_pass(family):
     check_tokenizer(from_official(family, state, config))
 
 
+@pytest.mark.parametrize("family", SCALE_FAMILIES)
+def test_official_multi_scale_tokenizers_pass(family):
+    config, state, _ = scale_golden(family)
+    check_tokenizer(from_official(family, state, config))
+
+
+@pytest.mark.parametrize("kind", ["vq", "bsq"])
+def test_the_multi_scale_tokenizer_passes(kind):
+    torch.manual_seed(0)
+    options: dict[str, object] = {"codebook_size": 64, "dim": 8} if kind == "vq" else {"dim": 8}
+    shape = {"channels": 8, "multipliers": (1, 1, 2), "blocks": 1, "latent_channels": 8, "norm_groups": 4}
+    check_tokenizer(
+        ImageScaleTokenizer((1, 2, (4, 6)), **shape, quantizer_type=kind, quantizer_options=options)  # type: ignore[arg-type]
+    )
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_tokenizer_of_your_own_passes(seed):
     check_tokenizer(Patches(), seed=seed)
+    check_tokenizer(Coarse(), seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -285,6 +356,75 @@ class Float32Only(ImageVQTokenizer):
         return z @ torch.eye(z.shape[-1])
 
 
+class SetsTheSeed(Patches):
+    def encode(self, media: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return super().encode(media + 1e-3 * torch.rand_like(media))
+
+
+class Lenient(Patches):
+    def check_codes(self, codes: Tensor, count: int | None = None) -> None:
+        super().check_codes(F.pad(codes, (0, 16))[:, :16])
+
+    def place(self, codes: Tensor) -> Tensor:
+        return super().place(F.pad(codes, (0, 16))[:, :16])
+
+
+class CoarseColumnsFirst(Coarse):
+    def order(self, maps: Tensor) -> Tensor:
+        return maps.transpose(1, 2)
+
+
+class GivesAll(Coarse):
+    def encode(self, media: Tensor, *, num_tokens: int | None = None) -> Tensor:
+        return super().encode(media)
+
+
+class OtherPrefix(Coarse):
+    def encode(self, media: Tensor, *, num_tokens: int | None = None) -> Tensor:
+        codes = super().encode(media, num_tokens=num_tokens)
+        return codes if num_tokens is None else (codes + 5).clamp(max=63)
+
+
+class NoKeyword(Coarse):
+    def encode(self, media: Tensor) -> Tensor:  # type: ignore[override]
+        return super().encode(media)
+
+
+class Remembers(Coarse):
+    seen: Tensor | None = None
+
+    def decode(self, codes: Tensor) -> Tensor:
+        self.check_codes(codes)
+        if codes.shape[1] > 1:
+            self.seen = codes
+        elif self.seen is not None and len(self.seen) == len(codes):
+            codes = torch.cat([codes, self.seen[:, 1:]], dim=1)
+        return super().decode(codes)
+
+
+class IgnoresLater(Coarse):
+    def decode(self, codes: Tensor) -> Tensor:
+        self.check_codes(codes)
+        return super().decode(codes[:, :1])
+
+
+class ReconstructsAll(Coarse):
+    def reconstruct(self, media: Tensor, *, num_tokens: int | None = None) -> Tensor:
+        return super().reconstruct(media)
+
+
+class AnyNumber(Coarse):
+    def check_num_tokens(self, num_tokens: int, lengths: object = None) -> int:
+        return num_tokens
+
+
+class WrongLengths(Coarse):
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (self.layout.size, 1)
+
+
 class Raises(Patches):
     def encode(self, media: Tensor) -> Tensor:
         raise RuntimeError("boom")
@@ -321,6 +461,17 @@ WRONG = [
     (Unscaled, "round trip", "z_q"),
     (NoGradient, "gradient", r"z \+ \(z_q - z\)\.detach"),
     (Float32Only, "dtype", "dtype of the first weight"),
+    (SetsTheSeed, "random numbers", r"encode\(\) draws from.*torch\.Generator"),
+    (Lenient, "bad codes", "one code too (many|few)"),
+    (CoarseColumnsFirst, "code order", "columns first"),
+    (GivesAll, "prefixes", "ignore num_tokens"),
+    (OtherPrefix, "prefixes", "must not depend on how many"),
+    (NoKeyword, "prefixes", "take the keyword num_tokens=None"),
+    (Remembers, "prefixes", "keep no state between calls"),
+    (IgnoresLater, "prefixes", "ignore how many codes it was given"),
+    (ReconstructsAll, "prefixes", r"pass num_tokens on to encode\(\)"),
+    (AnyNumber, "prefixes", r"num_tokens=0\) was accepted"),
+    (WrongLengths, "prefixes", "must rise and end"),
     (Raises, "start", "boom"),
     (Nameless, "attributes", "modality must be a str"),
 ]

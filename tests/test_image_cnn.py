@@ -126,10 +126,10 @@ def test_pictures_that_are_not_contiguous_and_empty_batches():
         torch.zeros(1, 4, 16, 16),
         torch.zeros(3, 16, 16),
         torch.zeros(1, 3, 0, 16),
-        torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+        torch.zeros(1, 3, 16, 16, dtype=torch.long),
         "picture.png",
     ],
-    ids=["alpha", "no batch", "empty", "bytes", "a name"],
+    ids=["alpha", "no batch", "empty", "whole numbers", "a name"],
 )
 def test_wrong_pixels_are_named(pixels):
     with pytest.raises(TokenloomError, match="expects float pixels"):

@@ -139,7 +139,7 @@ def test_a_bundled_name_comes_before_a_folder_of_that_name(
     (elsewhere / "model").mkdir(parents=True)
     monkeypatch.chdir(elsewhere)
     assert models.resolve("model") == folder
-    with pytest.raises(TokenloomError, match=r"not a saved pipeline: it has no model_index\.json"):
+    with pytest.raises(TokenloomError, match=r"not a saved model: it has neither model_index\.json"):
         models.resolve("./model")
 
 

@@ -190,8 +190,8 @@ def test_bsq_counts_many_bits_and_its_gradient_is_finite():
 def test_binary_quantizers_refuse_what_does_not_work():
     with pytest.raises(TokenloomError, match="factorised"):
         LFQ(20)
-    with pytest.raises(TokenloomError, match="1 to 62 bits"):
-        BSQ(64)
+    with pytest.raises(TokenloomError, match="1 to 64 bits"):
+        BSQ(65)
     with pytest.raises(TokenloomError, match="'joint'"):
         LFQ(4, entropy="jont")
 
@@ -508,3 +508,15 @@ def test_a_quantizer_without_methods_says_what_is_missing():
     with pytest.raises(TokenloomError, match=r"define decode\(\)"):
         Quantizer().decode(torch.zeros(1, 1, dtype=torch.long))
     assert isinstance(Quantizer(), nn.Module)
+
+
+def test_simvq_of_unit_length_with_trained_codes():
+    torch.manual_seed(0)
+    quantizer, z = SimVQ(16, 4, normalize=True, frozen=False), torch.randn(2, 5, 4) * 3
+    assert all(value.requires_grad for value in quantizer.parameters())
+    torch.testing.assert_close(quantizer.table().norm(dim=-1), torch.ones(16))
+    assert (quantizer.projected().norm(dim=-1) - 1).abs().max() > 0.1
+    result = quantizer.encode(z)
+    nearness = torch.nn.functional.normalize(z, dim=-1) @ quantizer.table().T
+    assert torch.equal(result.codes, nearness.argmax(-1))
+    assert torch.equal(quantizer.encode(7 * z).codes, result.codes)

@@ -91,7 +91,8 @@ def test_wrong_types_and_names_are_explained(tmp_path, text, message):
     "text",
     """steps: 0 / batch_size: -1 / keep: 0 / log_every: 0 / checkpoint_every: 0 / sample_every: 0 / accumulate: 0
     learning_rate: -1 / learning_rate: .nan / learning_rate: .inf / warmup: -1 / clip: -1 / ema: 1.5 / cooldown: 2
-    seed: -1 / seed: 4294967296 / betas: [0.9] / betas: [2, 0]""".replace("\n", "/").split("/"),
+    seed: -1 / seed: 4294967296 / betas: [0.9]
+    betas: [2, 0] / betas: [0.9, 1.0] / betas: [-0.1, 0.9]""".replace("\n", "/").split("/"),
 )
 def test_numbers_out_of_range_are_explained(tmp_path, text):
     key = text.partition(":")[0].strip()

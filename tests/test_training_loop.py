@@ -132,6 +132,20 @@ def test_resumed_training_is_exactly_the_uninterrupted_one(tmp_path):
     assert resumed.schedule.get_last_lr() == reference.schedule.get_last_lr()
 
 
+def test_the_log_of_a_resumed_run_holds_every_step_once(tmp_path):
+    train(tmp_path, steps=11, log_every=1, checkpoint_every=8)
+    log = tmp_path / "log.jsonl"
+    before = rows(tmp_path)
+    with log.open("a") as file:
+        file.write('{"step": 12, "lo')  # a kill in the middle of a row
+    resumed = Trainer(TinyTask(), settings(steps=12, log_every=1), tmp_path)
+    resumed.resume(str(tmp_path / "checkpoints" / "step-00000008"))
+    assert rows(tmp_path) == before[:8]
+    resumed.run()
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+    assert names(tmp_path) == ["checkpoints", "log.jsonl", "model", "samples"]
+
+
 def test_learning_rate_and_decay_of_a_resumed_run_are_the_configured_ones(tmp_path):
     train(tmp_path, steps=4)
     changed = Trainer(TinyTask(), settings(steps=8, learning_rate=1e-9, weight_decay=0.25), tmp_path)

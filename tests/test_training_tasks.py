@@ -144,7 +144,7 @@ def test_usage_counts_the_codes_of_the_window(folder, tmp_path):
         if step in (0, 2):
             assert task.usage == {}
     assert float(task.usage["usage"]) == pytest.approx(1 / 256)
-    assert int(task.counts[2]) == 24
+    assert int(task.statistics.counts[0, 2]) == 24
     assert float(task.usage["perplexity"]) == pytest.approx(1)
 
 

@@ -16,14 +16,21 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "BlockDiffusionGenerator": "tokenloom.generators.block_diffusion",
+    "Denoising": "tokenloom.generators.continuous",
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
+    "ImageFlexTokenizer": "tokenloom.tokenizers.image_flex",
+    "ImageLineTokenizer": "tokenloom.tokenizers.image_line",
+    "ImageScaleTokenizer": "tokenloom.tokenizers.image_scale",
+    "ImageStepTokenizer": "tokenloom.tokenizers.image_step",
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
+    "MaskTokenizer": "tokenloom.tokenizers.mask",
     "MaskedGenerator": "tokenloom.generators.masked",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
+    "NextCellGenerator": "tokenloom.generators.next_cell",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
     "NextScaleGenerator": "tokenloom.generators.next_scale",
     "NextTokenGenerator": "tokenloom.generators.next_token",
@@ -44,8 +51,10 @@ if TYPE_CHECKING:
     from tokenloom.generators import orders as orders
     from tokenloom.generators.base import Generator as Generator
     from tokenloom.generators.block_diffusion import BlockDiffusionGenerator as BlockDiffusionGenerator
+    from tokenloom.generators.continuous import Denoising as Denoising
     from tokenloom.generators.masked import MaskedGenerator as MaskedGenerator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
+    from tokenloom.generators.next_cell import NextCellGenerator as NextCellGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
     from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
     from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
@@ -56,19 +65,31 @@ if TYPE_CHECKING:
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
+    from tokenloom.tokenizers.image_flex import ImageFlexTokenizer as ImageFlexTokenizer
+    from tokenloom.tokenizers.image_line import ImageLineTokenizer as ImageLineTokenizer
+    from tokenloom.tokenizers.image_scale import ImageScaleTokenizer as ImageScaleTokenizer
+    from tokenloom.tokenizers.image_step import ImageStepTokenizer as ImageStepTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
+    from tokenloom.tokenizers.mask import MaskTokenizer as MaskTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
     "BlockDiffusionGenerator",
+    "Denoising",
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",
+    "ImageFlexTokenizer",
+    "ImageLineTokenizer",
+    "ImageScaleTokenizer",
+    "ImageStepTokenizer",
     "ImageVQTokenizer",
     "Layout",
+    "MaskTokenizer",
     "MaskedGenerator",
     "ModelMixin",
     "NextBlockGenerator",
+    "NextCellGenerator",
     "NextNeighborGenerator",
     "NextScaleGenerator",
     "NextTokenGenerator",

@@ -235,8 +235,52 @@ def reconstruct(
 
 
 @app.command()
-def models() -> None:
-    """List the bundled models."""
+def convert(
+    files: Annotated[list[Path], typer.Argument(help="Weights: .safetensors, .pth, .pt, .ckpt, .bin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    family: Annotated[str | None, typer.Option(help="Family; guessed from the weights if not given.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Settings of a published file; by default those of its name.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON: official constructor arguments.")] = None,
+    changes: SetOption = [],  # noqa: B006
+    ema: Annotated[bool, typer.Option(help="Take averaged weights where a file holds both.")] = True,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion.")] = False,
+) -> None:
+    """Convert published weights to a folder. Give several files where a model is published in parts."""
+    from tokenloom.checkpoints.convert import convert_checkpoint
+    from tokenloom.training.config import read_values
+
+    values = read_values(config, changes)
+    if not isinstance(values, dict):
+        raise TokenloomError(f"Expected names and values in {config}, got {values!r}.")
+    done = convert_checkpoint(
+        files,
+        output,
+        family=family,
+        config=values,
+        preset_name=preset,
+        ema=ema,
+        dtype=dtype,
+        force=force,
+    )
+    for note in done.notes:
+        _OUT.print(f"  {note}", markup=False)
+    _OUT.print(f"{output}: {done.family}", markup=False)
+
+
+@app.command()
+def models(
+    presets: Annotated[bool, typer.Option("--presets", help="List the files that convert knows.")] = False,
+) -> None:
+    """List the bundled models, or the published files that `convert` knows by name."""
+    if presets:
+        from tokenloom.checkpoints.presets import PRESETS
+
+        for name, one in PRESETS.items():
+            _OUT.print(f"{name}: {one.family}, {one.licence}", markup=False)
+        return
     for info in bundled().values():
         default = " (default)" if info.name == DEFAULT_MODEL else ""
         _OUT.print(f"{info.name}{default}: {info.num_bytes / 1e6:.1f} MB", style="bold", markup=False)
@@ -314,6 +358,41 @@ def evaluate(
     _OUT.print(output / "report.md", markup=False)
 
 
+@app.command("evaluate-tokenizer")
+def evaluate_tokenizer(
+    tokenizer: Annotated[str, typer.Argument(help="Name of a bundled model, folder or hub id.")],
+    images: Annotated[Path, typer.Argument(help="Folder of pictures, with or without captions.jsonl.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.md, report.json and the figure.")
+    ] = Path("rate-distortion"),
+    split: Annotated[str | None, typer.Option(help="Only pictures of this split of captions.jsonl.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the pictures, where the tokenizer takes any.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Most pictures, drawn at random.")] = 500,
+    tokens: Annotated[
+        list[int], typer.Option(help="Tokens a picture (may be repeated), where prefixes decode.")
+    ] = [],  # noqa: B006
+    codecs: Annotated[
+        list[str], typer.Option("--codec", help="Only this codec (may be repeated); by default all.")
+    ] = [],  # noqa: B006
+    codec_pictures: Annotated[int, typer.Option(help="Pictures the codecs code; 0 for none.")] = 50,
+    seed: Annotated[int, typer.Option(help="Decides which pictures are drawn.")] = 0,
+) -> None:
+    """Measure rate and distortion of a tokenizer beside JPEG, WebP, AVIF and JPEG 2000."""
+    resolve(tokenizer)  # before the slow imports
+    from tokenloom.evaluation import rate_distortion as rd
+    from tokenloom.tokenizers import load_tokenizer
+
+    module = load_tokenizer(tokenizer)
+    pixels = rd.load_pixels(images, rd.picture_size(module, size), split, count, seed)
+    config = rd.RateDistortionConfig(
+        tokens=tuple(tokens) or None, codecs=tuple(codecs) or None, codec_pictures=codec_pictures
+    )
+    for path in rd.write_rate_distortion(rd.rate_distortion(module, pixels, config, tokenizer), output):
+        _OUT.print(path, markup=False)
+
+
 @app.command("train-judge")
 def train_judge(
     data: Annotated[Path, typer.Argument(help="Folder with pictures and captions.jsonl.")],
@@ -345,6 +424,24 @@ def emoji(
     from tokenloom.data.emoji import build_emoji
 
     report = build_emoji(out, size=size, quality=quality, include_share_alike=share_alike, cache_dir=cache)
+    parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
+    _OUT.print(
+        f"{report.folder}: {report.pictures:,} pictures ({parts}) in {report.seconds:.0f} s", markup=False
+    )
+
+
+@data_app.command()
+def photos(
+    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
+    crops: Annotated[int, typer.Option(help="Square crops of each photograph; 0 for whole photographs.")] = 0,
+    size: Annotated[int, typer.Option(help="Side of the crops in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(help="Decides the crops.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
+) -> None:
+    """Build the set of photographs (permissive licences) that the photo tokenizer is trained on."""
+    from tokenloom.data.photos import build_photos
+
+    report = build_photos(out, crops=crops, size=size, seed=seed, cache_dir=cache)
     parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
     _OUT.print(
         f"{report.folder}: {report.pictures:,} pictures ({parts}) in {report.seconds:.0f} s", markup=False

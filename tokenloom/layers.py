@@ -6,6 +6,7 @@ order tokens are made. Shapes: B batch, N tokens (queries), L keys, D width, h h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,6 +56,7 @@ class BlockConfig:
         condition_width: Width of the adaLN condition; `None` means D.
         cross_attention: Whether the block also attends to a context.
         dropout: Dropout on the two residual branches.
+        layer_scale: Start of a learned factor a channel on both residual branches (CaiT); `None`: no such factor.
     """
 
     width: int
@@ -76,6 +78,7 @@ class BlockConfig:
     condition_width: int | None = None
     cross_attention: bool = False
     dropout: float = 0.0
+    layer_scale: float | None = None
 
     def __post_init__(self) -> None:
         for kind, value, options in (
@@ -210,11 +213,13 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attends (B, N, D) to itself, to the store, or to a context of shape (B, T, context_width).
 
-        `mask` is boolean, true where a query may look, broadcastable to (B, h, N, L).
+        `mask` is boolean, true where a query may look, broadcastable to (B, h, N, L). `rope` turns queries and keys; a
+        context has no positions, so there it turns queries alone.
         """
         query, key, value = self._project(x, context)
         if rope is not None:
-            query, key = apply_rope(query, rope), apply_rope(key, rope)
+            query = apply_rope(query, rope)
+            key = key if self.cross else apply_rope(key, rope)
         if store is not None:
             key, value = store.append(key, value)
         query, key, value = query.to(value.dtype), key.to(value.dtype), value
@@ -245,6 +250,33 @@ class MLP(nn.Module):
         return self.down(F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
+class TimeEmbedding(nn.Module):
+    """Times to vectors (..., D): cosines, then sines, then a two-layer perceptron (GLIDE, DiT).
+
+    Args:
+        width: Width D.
+        frequencies: Number of cosines and sines together; an odd one is filled up with a zero.
+        period: Ratio of the highest frequency to (nearly) the lowest.
+        scale: Highest frequency, in radians per unit of time.
+    """
+
+    def __init__(
+        self, width: int, frequencies: int = 256, period: float = 10000.0, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.frequencies, self.period, self.scale = frequencies, period, scale
+        self.up = nn.Linear(frequencies, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, times: Tensor) -> Tensor:
+        """Embeds times (...); the waves are computed in float32."""
+        half = self.frequencies // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=times.device) / half
+        angles = times.float()[..., None] * (self.scale * torch.exp(-math.log(self.period) * exponents))
+        waves = F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, self.frequencies % 2))
+        return self.down(F.silu(self.up(waves.to(self.up.weight.dtype))))
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP with residuals, optionally modulated (adaLN) and with cross-attention between."""
 
@@ -262,6 +294,10 @@ class Block(nn.Module):
             self.modulation = nn.Linear(config.condition_width or width, 6 * width)
         elif config.modulation == "shared":
             self.modulation_offset = nn.Parameter(torch.zeros(6, width))
+        if config.layer_scale is not None:
+            self.scale1 = nn.Parameter(torch.full((width,), config.layer_scale))
+            self.scale2 = nn.Parameter(torch.full((width,), config.layer_scale))
+        self.scaled = config.layer_scale is not None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -280,7 +316,8 @@ class Block(nn.Module):
         `modulation` is (B, N or 1, 6, D) in the order gate1, gate2, scale1, scale2, shift1, shift2 (VAR, DiT).
         """
         if modulation is None:
-            x = x + self.dropout(self.attention(self.norm1(x), rope=rope, mask=mask, store=store))
+            mixed = self.attention(self.norm1(x), rope=rope, mask=mask, store=store)
+            x = x + self.dropout(mixed * self.scale1 if self.scaled else mixed)
         else:
             gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
             hidden = self.norm1(x) * (1 + scale1) + shift1
@@ -288,5 +325,6 @@ class Block(nn.Module):
         if context is not None:
             x = x + self.cross_attention(self.norm_cross(x), mask=context_mask, context=context)
         if modulation is None:
-            return x + self.dropout(self.mlp(self.norm2(x)))
+            mapped = self.mlp(self.norm2(x))
+            return x + self.dropout(mapped * self.scale2 if self.scaled else mapped)
         return x + self.dropout(gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2))

@@ -1,7 +1,8 @@
 """Finds models by name and checks their files before anything tries to load them.
 
 A name is tried as a bundled model, then as a local folder, then as an id on the Hugging Face hub. A model is a diffusers
-pipeline folder: `model_index.json`, one sub-folder a component, and `card.json` (the weight record).
+pipeline folder (`model_index.json`, one sub-folder a component) or the folder of one component (`config.json` and its
+weights); both have `card.json`, the weight record.
 
 Knows file formats and versions; knows nothing of what the models compute, and never imports torch.
 """
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +25,13 @@ from tokenloom.errors import TokenloomError, unknown_name
 DEFAULT_MODEL = "tokenloom-emoji-64"
 VERSION_KEY = "_tokenloom_version"
 INDEX_FILE = "model_index.json"
+CONFIG_FILE = "config.json"
 CARD_FILE = "card.json"
 
 _ASSETS = Path(__file__).parent / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.md"]
+_CHUNK = 1 << 24  # bytes read at once for a sum
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
 
@@ -53,8 +57,18 @@ class ModelInfo:
 
 def bundled() -> dict[str, ModelInfo]:
     """Returns the models inside the package, by name."""
-    folders = sorted(index.parent for index in _ASSETS.glob(f"*/{INDEX_FILE}"))
+    folders = sorted(path for path in _ASSETS.iterdir() if is_pipeline(path) or is_component(path))
     return {folder.name: ModelInfo(folder.name, folder, read_card(folder)) for folder in folders}
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a saved pipeline."""
+    return (folder / INDEX_FILE).is_file()
+
+
+def is_component(folder: Path) -> bool:
+    """Whether a folder holds one saved component: a tokenizer or a generator."""
+    return (folder / CONFIG_FILE).is_file()
 
 
 def resolve(
@@ -93,7 +107,7 @@ def _find(
     name: str | os.PathLike[str], revision: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> Path:
     text = os.fspath(name)
-    if isinstance(name, str) and (_ASSETS / text / INDEX_FILE).is_file() and Path(text).name == text:
+    if isinstance(name, str) and Path(text).name == text and text in bundled():
         return _ASSETS / text
     path = Path(text).expanduser()
     if path.is_dir():
@@ -140,16 +154,23 @@ def read_card(folder: Path) -> dict[str, Any]:
     return _read_json(path) if path.is_file() else {}
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns `config.json` of a saved component."""
+    config = _read_json(folder / CONFIG_FILE)
+    if not isinstance(config, dict):
+        raise TokenloomError(f"{folder / CONFIG_FILE} must hold a mapping, got {config!r}. {_repair(folder)}")
+    return config
+
+
 def write_card(folder: Path, card: dict[str, Any]) -> None:
-    """Writes `card.json` of a saved pipeline, with this version and the SHA-256 sums of its weights.
+    """Writes `card.json` of a saved pipeline or module, with this version and the SHA-256 sums of its weights.
 
     Args:
-        folder: The saved pipeline.
+        folder: The saved pipeline or module.
         card: The weight record: anything JSON can hold. "sha256" and the version are filled in.
     """
-    sums = {
-        path.relative_to(folder).as_posix(): digest(path) for path in sorted(folder.glob("*/*.safetensors"))
-    }
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    sums = {path.relative_to(folder).as_posix(): digest(path) for path in sorted(files)}
     text = json.dumps({**card, VERSION_KEY: __version__, "sha256": sums}, indent=2, ensure_ascii=False)
     scratch = folder / f".{CARD_FILE}.part"
     scratch.write_text(text + "\n", encoding="utf-8")
@@ -160,28 +181,31 @@ def check(folder: Path) -> None:
     """Checks that a model folder is complete, undamaged and not newer than this version.
 
     Args:
-        folder: A saved pipeline.
+        folder: A saved pipeline, or one saved component.
 
     Raises:
         TokenloomError: Names the file at fault and how to repair it.
     """
     index_path = folder / INDEX_FILE
-    if not index_path.is_file():
-        raise TokenloomError(
-            f"{folder} is not a saved pipeline: it has no {INDEX_FILE}. Give a folder that `save_pretrained` wrote."
-        )
+    if not is_pipeline(folder):
+        if not is_component(folder):
+            raise TokenloomError(
+                f"{folder} is not a saved model: it has neither {INDEX_FILE} nor {CONFIG_FILE}. Give a folder that "
+                "`save_pretrained` wrote."
+            )
+        index_path = folder / CONFIG_FILE
     index = _read_json(index_path)
     check_version(index, index_path)
     card = read_card(folder)
     check_version(card, folder / CARD_FILE)
-    for name, value in index.items():
+    for name, value in index.items() if is_pipeline(folder) else ():
         if not name.startswith("_") and _is_component(value) and not (folder / name).is_dir():
             raise TokenloomError(
                 f"The component folder {folder / name} is missing, but {INDEX_FILE} lists it. {_repair(folder)}"
             )
     for path in sorted(folder.glob("*/*.json")):
         check_version(_read_json(path), path)
-    for path in sorted(folder.glob("*/*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")):
         check_safetensors(path)
     check_digests(folder, card)
 
@@ -246,7 +270,23 @@ def check_digests(folder: Path, card: dict[str, Any]) -> None:
 
 def digest(path: Path) -> str:
     """Returns the SHA-256 sum of a file in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_CHUNK):
+            total.update(part)
+    return total.hexdigest()
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Puts `source` in the place of `target` so that a complete folder is there at any time but an instant."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.replace(old)
+        source.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        source.replace(target)
 
 
 def _read_json(path: Path) -> Any:

@@ -18,6 +18,10 @@ from tokenloom.errors import TokenloomError, unknown_name
 
 _ADAPTERS: dict[str, str] = {
     "dar": "llamagen",
+    "dar_tokenizer": "dar_tokenizer",
+    "flextok": "flextok",
+    "infinity_bsq": "image_scale",
+    "himtok": "himtok",
     "llamagen": "llamagen",
     "llamagen_vq": "image_cnn",
     "maskgit_vqgan": "image_cnn",
@@ -26,7 +30,11 @@ _ADAPTERS: dict[str, str] = {
     "nar_video": "nar",
     "nbp": "nbp",
     "par": "par",
+    "tatitok": "titok",
+    "titok": "titok",
     "var": "var",
+    "var_vq": "image_scale",
+    "xar": "xar",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 

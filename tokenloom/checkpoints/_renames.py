@@ -30,30 +30,55 @@ class Rename:
         ours: Name in our state dict.
         official: Official names; several are stacked along axis 0, in equal parts.
         leading: How many axes of length 1 stand before the official tensor and not before ours.
+        trailing: How many axes of length 1 stand after the official tensor and not after ours (1x1 convolutions).
+        parts: Our tensor is the official one cut along axis 0 into equal parts, which come in this order.
     """
 
     ours: str
     official: tuple[str, ...]
     leading: int = 0
+    trailing: int = 0
+    parts: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, ours: str, *official: str, leading: int = 0) -> Rename:
+    def of(
+        cls, ours: str, *official: str, leading: int = 0, trailing: int = 0, parts: Sequence[int] = ()
+    ) -> Rename:
         """A rename of one or several official tensors."""
-        return cls(ours, official, leading)
+        return cls(ours, official, leading, trailing, tuple(parts))
 
     def gather(self, state: Mapping[str, Tensor]) -> Tensor:
         """Our tensor."""
-        parts = [state[name].reshape(state[name].shape[self.leading :]) for name in self.official]
+        parts = [self._squeeze(state[name]) for name in self.official]
+        if self.parts:
+            chunks = parts[0].chunk(len(self.parts))
+            parts = [chunks[index] for index in self.parts]
         return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+    def _squeeze(self, value: Tensor) -> Tensor:
+        kept = value.shape[self.leading : value.ndim - self.trailing]
+        return value.reshape(kept) if kept.numel() == value.numel() else value  # `load` names a wrong shape
 
     def scatter(self, value: Tensor) -> dict[str, Tensor]:
         """The official tensors."""
-        parts = value.detach().chunk(len(self.official))
-        shapes = [(1,) * self.leading + tuple(part.shape) for part in parts]
+        value = value.detach()
+        if self.parts:
+            chunks = value.chunk(len(self.parts))
+            value = torch.cat([chunks[self.parts.index(index)] for index in range(len(chunks))])
+        parts = value.chunk(len(self.official))
+        shapes = [(1,) * self.leading + tuple(part.shape) + (1,) * self.trailing for part in parts]
         return {
             name: part.reshape(shape).clone()
             for name, part, shape in zip(self.official, parts, shapes, strict=True)
         }
+
+
+def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights themselves, of a published container that keeps them under "ema", "model" or "state_dict"."""
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(inside := state.get(key), Mapping):
+            return dict(inside)
+    return state
 
 
 def check_keys(

@@ -12,7 +12,10 @@ from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators.sampling import Guidance
 
 _SCALES = ("cfg_scale", "cfg", "cfg_ratio")
-_OTHER = "ar_token_num formula greedy sample_logits seed spe_token_num steps temperature top_k top_p token_number_per_step".split()
+_OTHER = (
+    "ar_token_num cfg_schedule formula greedy num_steps sample_logits sampler seed spe_token_num steps temperature top_k "
+    "top_p token_number_per_step"
+).split()
 """Published settings that do not concern guidance; accepted, so that a whole preset can be passed on."""
 
 
@@ -92,6 +95,13 @@ def _scales_or_off(family: str, settings: Mapping[str, Any]) -> Guidance:
     return Guidance() if _scale(family, settings) == 1 else _scales(family, settings)
 
 
+def _cells(family: str, settings: Mapping[str, Any]) -> Guidance:
+    """u + s (c - u) with s = 1 + (scale - 1) k / (S - 1) at cell k; below 1 means no guidance."""
+    scale = _scale(family, settings)
+    number = 1.0 if scale is None else max(1.0, _number(family, scale))
+    return Guidance(number, "linear", 1.0)
+
+
 _RULES: dict[str, Callable[[str, Mapping[str, Any]], Guidance]] = {
     "dar": _ramp,
     "llamagen": _above_one("steps"),
@@ -101,7 +111,13 @@ _RULES: dict[str, Callable[[str, Mapping[str, Any]], Guidance]] = {
     "nbp": _on_top,
     "par": _above_one("steps", opening=True),
     "var": _scales,
+    "xar": _cells,
 }
+
+
+def guided_families() -> tuple[str, ...]:
+    """Names that `official_guidance` knows."""
+    return tuple(sorted(_RULES))
 
 
 def official_guidance(family: str, **settings: Any) -> Guidance:

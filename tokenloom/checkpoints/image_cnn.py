@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenloom.checkpoints._renames import Rename, load, tensor, unload
+from tokenloom.checkpoints._renames import Rename, load, tensor, unload, unwrap
 from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer
 
 _USED = "quantize.codebook_used"  # a history of chosen codes that LlamaGen keeps for its log
 _PUBLISHED_SIZE = 256
-_PUBLISHED_GROUPS = 32
+PUBLISHED_GROUPS = 32
 _LLAMAGEN = (
     (r"(encoder|decoder)\.levels\.(\d+)\.blocks\.", r"\1.conv_blocks.\2.res."),
     (r"(encoder|decoder)\.levels\.(\d+)\.attentions\.", r"\1.conv_blocks.\2.attn."),
@@ -41,7 +41,8 @@ _MASKGIT = (
 )
 
 
-def _official_name(family: str, name: str, levels: int) -> str:
+def official_name(family: str, name: str, levels: int) -> str:
+    """The official name of a tensor of an encoder, decoder or quantizer with so many levels."""
     for pattern, text in _LLAMAGEN if family == "llamagen_vq" else _MASKGIT:
         name = re.sub(pattern, text, name)
     # MaskGIT numbers the decoder's levels from full resolution, we from the lowest
@@ -50,10 +51,10 @@ def _official_name(family: str, name: str, levels: int) -> str:
 
 def _renames(family: str, module: nn.Module) -> list[Rename]:
     levels = len(module.get_submodule("encoder.levels"))  # type: ignore[arg-type]
-    return [Rename.of(name, _official_name(family, name, levels)) for name in module.state_dict()]
+    return [Rename.of(name, official_name(family, name, levels)) for name in module.state_dict()]
 
 
-def _count(names: Mapping[str, Tensor], pattern: str) -> int:
+def count(names: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest number that the group of `pattern` takes among the names; 1 if there is none."""
     return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=0)
 
@@ -66,14 +67,40 @@ def _shape(family: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     channels = tensor(family, state, "encoder.conv_in.weight").shape[0]
     widths = [
         tensor(family, state, f"encoder.{level}.{index}.{block}.0.conv1.weight").shape[0]
-        for index in range(_count(state, prefix + r"(\d+)\."))
+        for index in range(count(state, prefix + r"(\d+)\."))
     ]
     return {
         "channels": channels,
         "multipliers": [width // channels for width in widths],
-        "blocks": _count(state, prefix + rf"0\.{block}\.(\d+)\."),
+        "blocks": count(state, prefix + rf"0\.{block}\.(\d+)\."),
         "latent_channels": tensor(family, state, "encoder.conv_out.weight").shape[0],
     }
+
+
+def pixel_decoder_shape(family: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of a `CNNDecoder` of the form "maskgit", `latent` among them, from weights named "pixel_decoder.*"."""
+    prefix = "pixel_decoder.up."
+    channels = tensor(family, state, "pixel_decoder.norm_out.weight").shape[0]
+    widths = [
+        tensor(family, state, f"{prefix}{index}.block.0.conv1.weight").shape[0]
+        for index in range(count(state, re.escape(prefix) + r"(\d+)\."))
+    ]
+    return {
+        "channels": channels,
+        "multipliers": [width // channels for width in widths],
+        "blocks": count(state, re.escape(prefix) + r"0\.block\.(\d+)\."),
+        "latent": tensor(family, state, "pixel_decoder.conv_in.weight").shape[1],
+    }
+
+
+def pixel_decoder_renames(module: nn.Module, ours: str) -> list[Rename]:
+    """Renames of the `CNNDecoder` that lies at `ours` in a module and at "pixel_decoder" in official weights."""
+    decoder = module.get_submodule(ours)
+    levels = len(decoder.get_submodule("levels"))  # type: ignore[arg-type]
+    return [
+        Rename.of(f"{ours}.{name}", "pixel_" + official_name("maskgit_vqgan", f"decoder.{name}", levels))
+        for name in decoder.state_dict()
+    ]
 
 
 def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any]) -> ImageCNNTokenizer:
@@ -81,10 +108,7 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
 
     Weights that lie under "ema", "model" or "state_dict", as in published files, are taken from there.
     """
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(inside := state.get(key), Mapping):
-            state = dict(inside)
-            break
+    state = unwrap(state)
     llamagen = family == "llamagen_vq"
     codes, dim = tensor(family, state, "quantize.embedding.weight").shape
     quantizer: dict[str, object] = {"codebook_size": codes, "dim": dim, "normalize": False}
@@ -96,17 +120,24 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
     module = ImageCNNTokenizer(
         image_size=size,
         **_shape(family, state),
-        norm_groups=config.get("norm_groups", _PUBLISHED_GROUPS),
+        norm_groups=config.get("norm_groups", PUBLISHED_GROUPS),
         form="taming" if llamagen else "maskgit",
         project=llamagen,
         quantizer_options=quantizer,
         pixel_range=(-1.0, 1.0) if llamagen else (0.0, 1.0),
         clamp=False,
     )
-    return load(module, family, state, _renames(family, module), derivable=(re.escape(_USED),))
+    load(module, family, state, _renames(family, module), derivable=(re.escape(_USED),))
+    if llamagen:
+        kept: Any = module  # a history that no tensor of ours holds
+        kept.official_used = state.get(_USED)
+    return module
 
 
 def to_official(family: str, module: nn.Module) -> dict[str, Tensor]:
-    """The official state dict; LlamaGen's history of chosen codes is empty."""
+    """The official state dict; LlamaGen's history of chosen codes is empty where the weights came without one."""
     state = unload(module, _renames(family, module))
-    return state | {_USED: torch.zeros(65536)} if family == "llamagen_vq" else state
+    if family == "llamagen_vq":
+        used = getattr(module, "official_used", None)
+        state[_USED] = torch.zeros(65536) if used is None else used
+    return state

@@ -8,8 +8,6 @@ beside its final place and renamed when it is whole.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ from PIL import Image, features
 from tqdm.auto import tqdm
 
 from tokenloom.data import registry_packages as packages
+from tokenloom.data.building import building
 from tokenloom.data.captions import Caption, write_captions
 from tokenloom.data.emoji_sources import (
     ICON_FILES,
@@ -43,7 +42,6 @@ from tokenloom.errors import TokenloomError, unknown_name
 FORMATS = ("webp", "png")
 SOURCES_FILE = "SOURCES.md"
 MAX_SIZE = 1024
-_ABANDONED_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -101,30 +99,14 @@ def build_emoji(
     """
     started = time.monotonic()
     _check_arguments(size, format, quality)
-    target = Path(out).resolve()
-    _check_target(target)
     require_renderer()
     sources = [source for source in STYLE_SOURCES if include_share_alike or not source.share_alike]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        work = Path(tempfile.mkdtemp(prefix=_work_prefix(target), dir=target.parent))
-        try:
-            kept = Path(cache_dir) if cache_dir is not None else work / "packages"
-            loader = _Packages(kept, work / "unpacked", download)
-            captions = _build(
-                work, sources, loader, size=size, format=format, quality=quality, progress=progress
-            )
-            _move(work / "set", target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise TokenloomError(
-            f"Could not build {str(target)!r} ({error}); nothing of it was left behind. "
-            "Check permissions and free space."
-        ) from error
+    with building(out) as work:
+        kept = Path(cache_dir) if cache_dir is not None else work / "packages"
+        loader = _Packages(kept, work / "unpacked", download)
+        captions = _build(work, sources, loader, size=size, format=format, quality=quality, progress=progress)
     return BuildReport(
-        folder=target,
+        folder=Path(out).resolve(),
         pictures=len(captions),
         styles=dict(Counter(str(caption.style) for caption in captions)),
         groups=dict(Counter(str(caption.group) for caption in captions)),
@@ -238,37 +220,3 @@ def _check_arguments(size: int, format: str, quality: int) -> None:
         )
     if not isinstance(quality, int) or not 1 <= quality <= 100:
         raise TokenloomError(f"Expected quality to be a whole number from 1 to 100, got {quality!r}.")
-
-
-def _check_target(target: Path) -> None:
-    """Raises if the folder cannot be made because something is there."""
-    if target.is_dir():
-        if next(target.iterdir(), None) is not None:
-            raise TokenloomError(
-                f"The folder {str(target)!r} is not empty. Name a new folder, or empty this one first; "
-                "nothing was changed."
-            )
-    elif target.exists():
-        raise TokenloomError(f"{str(target)!r} is a file. Name a folder that does not exist yet.")
-
-
-def _work_prefix(target: Path) -> str:
-    return f".{target.name}.building-"
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Removes what killed runs left beside `target`; live runs touch theirs at every style."""
-    for path in target.parent.glob(f"{_glob_escape(_work_prefix(target))}*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _glob_escape(text: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
-
-
-def _move(built: Path, target: Path) -> None:
-    """Renames the finished set to its place; an empty folder there is replaced."""
-    if target.is_dir():
-        target.rmdir()
-    built.rename(target)

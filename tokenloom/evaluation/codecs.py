@@ -1,5 +1,5 @@
-"""What JPEG, WebP and AVIF make of the same pictures at the same number of bits: the baselines of a learned
-tokenizer.
+"""What JPEG, WebP, AVIF and JPEG 2000 make of the same pictures at the same number of bits: the baselines of a
+learned tokenizer.
 
 At 64 x 64 pixels a file is mostly headers, so two counts are given. `file` is every byte of the file.
 `payload` is what is left when everything is taken away that a decoder could know beforehand, as it knows a
@@ -10,6 +10,7 @@ tokenizer's weights:
 * WebP: the VP8 chunk without its ten-byte frame header (RIFF and chunk headers are dropped as well).
 * AVIF: the AV1 frame and tile-group units of the media data, without temporal delimiters and sequence
   headers.
+* JPEG 2000: the packet data of the tile parts, without markers (irreversible wavelet, one layer).
 
 The budget is held against the payload by default, which favours the codec. To be fair at rates where a codec
 cannot code all pixels, every picture is also coded at smaller sizes and with both chroma samplings and
@@ -80,14 +81,14 @@ class CodecResult:
 
 def codec_names() -> tuple[str, ...]:
     """Codecs that this installation of Pillow can write."""
-    return tuple(name for name in _VARIANTS if name == "jpeg" or features.check(name))
+    return tuple(name for name in _VARIANTS if name == "jpeg" or features.check(_FEATURES.get(name, name)))
 
 
 def evaluate_codec(codec: str, pixels: Tensor, budget_bits: float, count: Count = "payload") -> CodecResult:
     """Codes every picture at the best quality within a budget and measures what comes back.
 
     Args:
-        codec: "jpeg", "webp" or "avif".
+        codec: "jpeg", "webp", "avif" or "jpeg2000".
         pixels: uint8 (N, 3, H, W).
         budget_bits: Bits allowed for one picture.
         count: Which bits the budget is held against, "payload" or "file".
@@ -127,7 +128,7 @@ def encode_within(codec: str, pixels: Tensor, budget_bits: float, count: Count =
     """Finds the coding of one picture with the highest PSNR whose bits are at or under the budget.
 
     Args:
-        codec: "jpeg", "webp" or "avif".
+        codec: "jpeg", "webp", "avif" or "jpeg2000".
         pixels: uint8 (3, H, W).
         budget_bits: Bits allowed.
         count: "payload" or "file".
@@ -163,7 +164,7 @@ def payload_bits(codec: str, data: bytes) -> int:
     """
     _variants(codec)
     try:
-        size = {"jpeg": _jpeg_payload, "webp": _webp_payload, "avif": _avif_payload}[codec](data)
+        size = _PAYLOADS[codec](data)
     except (IndexError, ValueError) as error:
         raise TokenloomError(
             f"Expected a whole {codec} file, got {len(data)} bytes that cannot be parsed ({error})."
@@ -197,9 +198,16 @@ def _decode(data: bytes, size: tuple[int, int]) -> Tensor:
 
 def _save(image: Image.Image, quality: int, options: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, quality=quality, **options)
+    if options["format"] == "JPEG2000":  # takes a compression ratio: 1 at quality 100, 1024 at 0
+        levels = min(6, min(image.size).bit_length())
+        options = options | {"quality_layers": [2 ** ((100 - quality) / 10)], "num_resolutions": levels}
+        image.save(buffer, **options)
+    else:
+        image.save(buffer, quality=quality, **options)
     return buffer.getvalue()
 
+
+_FEATURES = {"jpeg2000": "jpg_2000"}  # where Pillow's name of a feature is not the codec's
 
 _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "jpeg": {name: {"format": "JPEG", "subsampling": name, "optimize": False} for name in ("4:2:0", "4:4:4")},
@@ -208,6 +216,15 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "4:2:0 sharp": {"format": "WEBP", "method": 6, "use_sharp_yuv": True},
     },
     "avif": {name: {"format": "AVIF", "subsampling": name, "speed": 6} for name in ("4:2:0", "4:4:4")},
+    "jpeg2000": {
+        "4:4:4": {
+            "format": "JPEG2000",
+            "no_jp2": True,
+            "irreversible": True,
+            "mct": 1,
+            "quality_mode": "rates",
+        }
+    },
 }
 
 
@@ -267,6 +284,31 @@ def _avif_payload(data: bytes) -> int:
             total += size
         position += size
     return total
+
+
+def _jpeg2000_payload(data: bytes) -> int:
+    """Bytes between each start-of-data marker and the end of its tile part."""
+    position, total = 2, 0
+    while data[position : position + 2] != b"\xff\x90":
+        if data[position] != 0xFF:
+            raise ValueError("a marker was expected")
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    while data[position : position + 2] == b"\xff\x90":
+        size = int.from_bytes(data[position + 6 : position + 10], "big")
+        end = position + size if size else len(data) - 2
+        if end > len(data):
+            raise ValueError("a tile part is cut off")
+        total += end - data.index(b"\xff\x93", position, end) - 2
+        position = end
+    return total
+
+
+_PAYLOADS: dict[str, Callable[[bytes], int]] = {
+    "jpeg": _jpeg_payload,
+    "webp": _webp_payload,
+    "avif": _avif_payload,
+    "jpeg2000": _jpeg2000_payload,
+}
 
 
 def _leb128(data: bytes, position: int) -> tuple[int, int]:

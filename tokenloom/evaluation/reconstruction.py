@@ -1,8 +1,7 @@
 """How well a tokenizer gives pictures back, how it uses its codebook, and the same figures for classical
 codecs.
 
-A tokenizer is anything with `encode(pixels) -> codes`, `decode(codes) -> pixels`, `vocab_size` and
-`bits_per_image`. Its output is rounded to 8 bits before it is measured, as a picture file would be. Two PSNR
+A tokenizer is anything with `encode(pixels) -> codes`, `decode(codes) -> pixels` and `vocab_size`. Its output is rounded to 8 bits before it is measured, as a picture file would be. Two PSNR
 are given because they differ by decibels: the mean of the pictures' PSNR, and the PSNR of the mean squared
 error over all pictures (easy pictures weigh more in the first).
 
@@ -33,8 +32,6 @@ class ImageTokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
-    @property
-    def bits_per_image(self) -> float: ...
     def encode(self, pixels: Tensor, /) -> Tensor: ...
     def decode(self, codes: Tensor, /) -> Tensor: ...
 
@@ -67,7 +64,9 @@ class TokenizerResult:
         name: For the table.
         pictures: Number of pictures.
         bits: Nominal bits of a picture, `T log2(V)`.
-        entropy_bits: Bits of a picture after an ideal order-0 entropy coder with this set's histogram.
+        entropy_bits: Bits of a picture after an ideal order-0 entropy coder that knows this set's histogram.
+        adaptive_bits: Bits of a picture after an order-0 coder that starts knowing nothing and learns the histogram
+            from the codes it has coded (`adaptive_bits`): what could really be stored.
         psnr: Mean over pictures of each picture's PSNR, in dB.
         psnr_of_mean: PSNR of the mean squared error over all pictures, in dB.
         ssim: Mean over pictures, Gaussian window 11.
@@ -79,6 +78,7 @@ class TokenizerResult:
     pictures: int
     bits: float
     entropy_bits: float
+    adaptive_bits: float
     psnr: float
     psnr_of_mean: float
     ssim: float
@@ -111,8 +111,9 @@ def evaluate_tokenizer(
     return TokenizerResult(
         name=name,
         pictures=len(pixels),
-        bits=float(tokenizer.bits_per_image),
+        bits=codes.shape[1] * math.log2(tokenizer.vocab_size),
         entropy_bits=codes.shape[1] * math.log2(use.perplexity),
+        adaptive_bits=adaptive_bits(codes, tokenizer.vocab_size) / len(codes),
         psnr=float(psnr_of_mse(mse).clamp(max=PERFECT_DB).mean()),
         psnr_of_mean=min(PERFECT_DB, float(psnr_of_mse(mse.mean()))),
         ssim=float(ssim(output, reference).mean()),
@@ -171,6 +172,31 @@ def codebook_use(codes: Tensor, vocab_size: int) -> CodebookUse:
     used = int((counts > 0).sum())
     perplexity = float(torch.exp2(-(share * share.log2()).sum()))
     return CodebookUse(codes.numel(), used, vocab_size - used, used / vocab_size, perplexity)
+
+
+def adaptive_bits(codes: Tensor, vocab_size: int) -> float:
+    """Bits of all codes after ideal arithmetic coding with adaptive counts (Krichevsky and Trofimov 1981).
+
+    Every code is given the probability `(n_c + 1/2) / (n + V/2)` by the n codes before it, n_c of them equal to it;
+    the sum has a closed form in log-gamma functions and does not depend on the order.
+
+    Args:
+        codes: Integers of any shape in 0..vocab_size - 1.
+        vocab_size: V.
+
+    Example:
+        >>> adaptive_bits(torch.tensor([1]), 4)
+        2.0
+    """
+    counts = torch.bincount(codes.flatten().cpu(), minlength=vocab_size).double()
+    half, total = torch.tensor(0.5).double(), counts.sum()
+    start = half * vocab_size
+    nats = (
+        torch.lgamma(total + start)
+        - torch.lgamma(start)
+        - (torch.lgamma(counts + half) - torch.lgamma(half)).sum()
+    )
+    return float(nats / math.log(2))
 
 
 def reconstruction_table(tokenizers: Sequence[TokenizerResult], codecs: Sequence[CodecResult] = ()) -> str:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
 from tokenloom import media
 from tokenloom.evaluation.metrics import psnr
-from tokenloom.tokenizers.image_vq import ImageVQTokenizer
+from tokenloom.tokenizers.image import ImageTokenizer
+from tokenloom.tokenizers.pixels import as_size, rescale
+from tokenloom.tokenizers.tiling import Tiling
 
 _TILES_AT_ONCE = 64
 
@@ -53,9 +53,7 @@ class Reconstruction:
         )
 
 
-def reconstruct_image(
-    tokenizer: ImageVQTokenizer, image: Image.Image, *, fit: bool = False
-) -> Reconstruction:
+def reconstruct_image(tokenizer: ImageTokenizer, image: Image.Image, *, fit: bool = False) -> Reconstruction:
     """Encodes and decodes a picture.
 
     Args:
@@ -69,36 +67,21 @@ def reconstruct_image(
     Example:
         >>> reconstruct_image(tokenizer, Image.open("cat.jpg")).psnr  # doctest: +SKIP
     """
-    size = tokenizer.image_size
+    height, width = as_size(tokenizer.image_size)
     original = media.to_rgb(image)
     if fit:
         side = min(original.size)
         left, top = (original.width - side) // 2, (original.height - side) // 2
         box = (left, top, left + side, top + side)
-        original = original.crop(box).resize((size, size), Image.Resampling.LANCZOS)
-    tiles, rows, columns = _cut(media.to_pixels(original), size)
+        original = original.crop(box).resize((width, height), Image.Resampling.LANCZOS)
+    tiling = Tiling((original.height, original.width), (height, width))
+    tiles = tiling.cut(media.to_pixels(original))[0]
     weight = next(tokenizer.parameters())
-    done = [
-        tokenizer.reconstruct(part.to(weight.device, weight.dtype)).float().cpu()
-        for part in tiles.split(_TILES_AT_ONCE)
-    ]
-    pixels = _join(torch.cat(done), rows, columns)[..., : original.height, : original.width]
-    result = media.to_pil(pixels)[0]
+    done = []
+    for part in tiles.split(_TILES_AT_ONCE):
+        given = rescale(part.to(weight.device, weight.dtype), (-1.0, 1.0), tokenizer.pixel_range)
+        output = tokenizer.reconstruct(given).float().cpu()
+        done.append(rescale(output, tokenizer.pixel_range, (-1.0, 1.0)))
+    result = media.to_pil(tiling.join(torch.cat(done)[None]))[0]
     quality = psnr((media.to_pixels(result) + 1) / 2, (media.to_pixels(original) + 1) / 2)
     return Reconstruction(original, result, float(quality), len(tiles), len(tiles) * tokenizer.bits_per_image)
-
-
-def _cut(pixels: Tensor, size: int) -> tuple[Tensor, int, int]:
-    """Cuts (1, 3, H, W) into tiles (n, 3, S, S) in raster order; returns also the rows and columns of tiles."""
-    height, width = pixels.shape[-2:]
-    rows, columns = -(-height // size), -(-width // size)
-    padding = (0, columns * size - width, 0, rows * size - height)
-    padded = F.pad(pixels, padding, mode="replicate")
-    tiles = padded.unflatten(3, (columns, size)).unflatten(2, (rows, size))  # (1, 3, rows, S, columns, S)
-    return tiles[0].permute(1, 3, 0, 2, 4).flatten(0, 1), rows, columns
-
-
-def _join(tiles: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `_cut`, with the padding still there: (1, 3, rows * S, columns * S)."""
-    grid = tiles.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)  # (3, rows, S, columns, S)
-    return grid.flatten(1, 2).flatten(2, 3)[None]

@@ -57,7 +57,7 @@ def media(bench: Bench) -> None:
         got.shape == bench.media.shape,
         f"decode(encode(x)) must have the shape of x, {tuple(bench.media.shape)}, got {tuple(got.shape)}.",
     )
-    any_codes = torch.randint_like(bench.codes, bench.tokenizer.vocab_size)
+    any_codes = torch.randint_like(bench.codes, min(bench.tokenizer.vocab_size, 2**62))
     got = torch.cat([got, bench.decode(bench.encode(bench.extremes)), bench.decode(any_codes)])
     require(
         bool(got.isfinite().all()),
@@ -87,6 +87,20 @@ def diversity(bench: Bench) -> None:
         not torch.equal(changed, bench.output),
         "decode() gives the same media for other codes; check that it uses them.",
     )
+
+
+def rng_state(bench: Bench) -> None:
+    """No call touches the global random numbers, on which everything else in a program may depend."""
+    for name, call in (
+        ("encode", lambda: bench.encode(bench.media)),
+        ("decode", lambda: bench.decode(bench.codes)),
+    ):
+        before = torch.get_rng_state()
+        call()
+        require(
+            torch.equal(before, torch.get_rng_state()),
+            f"{name}() draws from, or sets the seed of, the global random numbers; give it a torch.Generator of its own.",
+        )
 
 
 def determinism(bench: Bench) -> None:
@@ -194,6 +208,8 @@ def bad_codes(bench: Bench) -> None:
         "codes as float numbers": good.double(),
         "one code too many": torch.cat([good, good[:, :1]], dim=1),
     }
+    if good.shape[1] - 1 not in (0, *bench.tokenizer.lengths):
+        cases["one code too few"] = good[:, :-1]
     for name, wrong in cases.items():
         refused = False
         try:

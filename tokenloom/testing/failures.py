@@ -81,6 +81,11 @@ class Bench:
         with torch.no_grad():
             return self.tokenizer.encode(media)
 
+    def encode_prefix(self, count: int) -> Tensor:
+        """The first `count` codes of the samples, as `encode` gives them when asked for no more."""
+        with torch.no_grad():
+            return self.tokenizer.encode(self.media, num_tokens=count)  # type: ignore[call-arg]
+
     def decode(self, codes: Tensor) -> Tensor:
         """Media without a gradient."""
         with torch.no_grad():

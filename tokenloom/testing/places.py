@@ -1,6 +1,7 @@
 """The check that code n stands where the layout says: changes one place at a time and looks where the effect is.
 
-Knows grids of codes over pictures. A tokenizer whose codes all act on the whole picture has no such places, and passes.
+Knows grids of codes over pictures, and the finest scale of a pyramid. A tokenizer whose codes all act on the whole picture
+has no such places, and passes.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ _LOCAL = 0.5  # how far the strongest effect must stand out, in mean effects, fo
 
 
 def code_order(bench: Bench) -> None:
-    """On a grid, code n belongs to cell n of the picture in raster order, in `encode` and in `decode`."""
+    """On a grid, code n belongs to cell n of the picture in raster order, in `encode` and in `decode`.
+
+    Of scales the finest is looked at.
+    """
     layout = bench.tokenizer.layout
-    if layout.axes != ("row", "column") or bench.media.ndim != 4 or layout.size < 4:
+    if layout.kind not in ("grid", "scales") or bench.media.ndim != 4 or layout.size < 4:
         return
-    rows, columns = (int(side) for side in layout.coords.amax(0) + 1)
+    rows, columns = (int(side) for side in layout.coords.amax(0)[-2:] + 1)
     if rows > bench.media.shape[2] or columns > bench.media.shape[3]:
         return
-    places = torch.arange(layout.size)
-    if layout.size > _MOST_PLACES:
-        places = torch.randperm(layout.size, generator=torch.Generator().manual_seed(0))[:_MOST_PLACES]
+    count = rows * columns
+    places = torch.arange(count)
+    if count > _MOST_PLACES:
+        places = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_MOST_PLACES]
     for side, effects in (
         ("decode", _effects_of_codes(bench, places, rows, columns)),
         ("encode", _effects_of_pixels(bench, places, rows, columns)),
@@ -42,7 +47,9 @@ def _effects_of_codes(bench: Bench, places: Tensor, rows: int, columns: int) -> 
         codes, other = bench.codes[sample], bench.codes[sample + 1]
         changed = codes.repeat(len(places), 1)
         index = torch.arange(len(places), device=codes.device)
-        place = places.to(codes.device)
+        place = (
+            places.to(codes.device) + len(codes) - rows * columns
+        )  # the last codes are those of the finest scale
         replacement = torch.where(other[place] == codes[place], other.roll(1)[place], other[place])
         equal = replacement == codes[place]
         replacement = torch.where(equal, (replacement + 1) % bench.tokenizer.vocab_size, replacement)
@@ -74,7 +81,8 @@ def _effects_of_pixels(bench: Bench, places: Tensor, rows: int, columns: int) ->
                 across = slice(column * width // columns, (column + 1) * width // columns)
                 changed[index, :, down, across] = inverse[:, down, across].roll(1, 0)
             codes = torch.cat([bench.encode(part) for part in changed.split(_CHUNK)])
-            counts += (codes != bench.codes[sample]).float().cpu()
+            changes = (codes != bench.codes[sample]).float().cpu()
+            counts += changes[:, -rows * columns :]
         groups.append(counts / len(samples))
     return torch.stack(groups)
 

@@ -1,6 +1,6 @@
 """The conformance suite of tokenizers: what every tokenizer promises, checked from outside.
 
-Runs the checks of `checks` and `places` on samples and reports all failures at once. Knows nothing of how a tokenizer works.
+Runs the checks of `checks`, `places` and `prefixes` on samples and reports all failures at once. Knows nothing of how a tokenizer works.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError
-from tokenloom.testing import checks, places
+from tokenloom.testing import checks, places, prefixes
 from tokenloom.testing.failures import Bench, Failure, TokenizerCheckError, evaluation, sample_pictures
 from tokenloom.tokenizers.base import Tokenizer
 
@@ -21,11 +21,13 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
     "media": checks.media,
     "diversity": checks.diversity,
     "determinism": checks.determinism,
+    "random numbers": checks.rng_state,
     "inputs": checks.inputs,
     "round trip": checks.round_trip,
     "batch": checks.batch,
     "batch order": checks.batch_order,
     "code order": places.code_order,
+    "prefixes": prefixes.prefixes,
     "bad codes": checks.bad_codes,
     "gradient": checks.gradient,
     "save and load": checks.save_and_load,

@@ -30,6 +30,7 @@ class Form:
             instead of its input.
         extra_decoder_block: Whether the decoder has one block a level more than the encoder.
         wide_output: Whether the encoder ends with a 3x3 convolution instead of a 1x1.
+        deep_middle: Whether the middle has as many blocks as a level of the encoder, instead of two.
     """
 
     bias: bool
@@ -38,12 +39,13 @@ class Form:
     late_shortcut: bool
     extra_decoder_block: bool
     wide_output: bool
+    deep_middle: bool
 
 
 FORMS = {
-    "taming": Form(True, True, True, False, True, True),
-    "flux": Form(True, False, True, False, True, True),
-    "maskgit": Form(False, False, False, True, False, False),
+    "taming": Form(True, True, True, False, True, True, False),
+    "flux": Form(True, False, True, False, True, True, False),
+    "maskgit": Form(False, False, False, True, False, False, True),
 }
 
 
@@ -174,9 +176,10 @@ class Level(nn.Module):
 
 def _middle(width: int, config: CNNConfig) -> nn.Sequential:
     form = FORMS[config.form]
-    first, last = (ResidualBlock(width, width, config.groups, form) for _ in range(2))
+    count = config.blocks if form.deep_middle else 2
+    first, *rest = (ResidualBlock(width, width, config.groups, form) for _ in range(count))
     attention = [SpatialAttention(width, config.groups)] if form.attention else []
-    return nn.Sequential(first, *attention, last)
+    return nn.Sequential(first, *attention, *rest)
 
 
 class CNNEncoder(nn.Module):

@@ -6,24 +6,20 @@ Knows pixels, a convolutional encoder and decoder, and a quantizer. Knows nothin
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
 from tokenloom.layouts import Layout
-from tokenloom.tokenizers.base import Tokenizer
 from tokenloom.tokenizers.cnn import CNNConfig, CNNDecoder, CNNEncoder
-from tokenloom.tokenizers.quantizers import Quantized, make_quantizer
+from tokenloom.tokenizers.image import ImageTokenizer
+from tokenloom.tokenizers.pixels import Size, as_size, pad_to
+from tokenloom.tokenizers.quantizers import make_quantizer
 
-Size = tuple[int, int]
 
-
-class ImageCNNTokenizer(Tokenizer):
+class ImageCNNTokenizer(ImageTokenizer):
     """RGB pictures to a grid of codes and back, by convolutions.
 
     `layout` is the grid of pictures of `image_size`. Pictures of other sizes work as well: they are padded to a multiple of the
@@ -44,7 +40,7 @@ class ImageCNNTokenizer(Tokenizer):
         clamp: Whether `decode` clamps to `pixel_range`; official weights do not.
     """
 
-    modality = "image"
+    any_size = True
 
     @register_to_config
     def __init__(
@@ -65,7 +61,7 @@ class ImageCNNTokenizer(Tokenizer):
         super().__init__()
         shape = CNNConfig(channels, tuple(multipliers), blocks, latent_channels, norm_groups, form)
         self.stride = shape.stride
-        height, width = _as_size(image_size)
+        height, width = as_size(image_size)
         self.image_size: int | Size = height if height == width else (height, width)
         rows, columns = self.grid_of((height, width))
         self.grid: int | Size = rows if rows == columns else (rows, columns)
@@ -89,112 +85,24 @@ class ImageCNNTokenizer(Tokenizer):
         self.from_code = nn.Conv2d(dim, latent_channels, 1) if project else nn.Identity()
         self.decoder = CNNDecoder(shape)
 
-    @property
-    def bits_per_image(self) -> float:
-        """Bits of the codes of one picture of `image_size`."""
-        return self.bits_per_sample
-
     def grid_of(self, size: Size) -> Size:
         """Rows and columns of codes of a picture of (height, width) pixels."""
         return math.ceil(size[0] / self.stride), math.ceil(size[1] / self.stride)
 
-    def _check_pixels(self, pixels: Tensor) -> None:
-        low, high = self.pixel_range
-        given = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else repr(type(pixels))
-        if (
-            not isinstance(pixels, Tensor)
-            or not pixels.is_floating_point()
-            or pixels.ndim != 4
-            or pixels.shape[1] != 3
-            or 0 in pixels.shape[2:]
-        ):
-            raise TokenloomError(
-                f"ImageCNNTokenizer expects float pixels of shape (B, 3, H, W) in [{low:g}, {high:g}], got {given}; "
-                "drop an alpha channel with pixels[:, :3] and scale bytes to the range."
-            )
-
-    def _check_values(self, pixels: Tensor) -> None:
-        if not pixels.numel():
-            return
-        low, high = self.pixel_range
-        least, most = (float(value) for value in pixels.detach().aminmax())
-        if not math.isfinite(least) or not math.isfinite(most):
-            raise TokenloomError(
-                "The pixels contain NaN or infinity; look for a division by zero before the tokenizer."
-            )
-        slack = 0.05 * (high - low)
-        if least < low - slack or most > high + slack:
-            warnings.warn(
-                f"Pixels lie in [{least:.3g}, {most:.3g}], but this tokenizer expects [{low:g}, {high:g}].",
-                stacklevel=3,
-            )
+    def lengths_of(self, size: Size) -> tuple[int]:
+        """The number of codes of a picture of (height, width) pixels."""
+        rows, columns = self.grid_of(size)
+        return (rows * columns,)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Continuous vectors (B, N, d) in raster order before quantization of pixels (B, 3, H, W)."""
         pixels = pixels.to(self.encoder.conv_in.weight.dtype)
-        height, width = pixels.shape[2:]
-        rows, columns = self.grid_of((height, width))
-        below, right = rows * self.stride - height, columns * self.stride - width
-        if below or right:
-            pixels = F.pad(pixels, (0, right, 0, below), mode="replicate")
+        rows, columns = self.grid_of((pixels.shape[2], pixels.shape[3]))
+        pixels = pad_to(pixels, rows * self.stride, columns * self.stride)
         return self.to_code(self.encoder(pixels)).flatten(2).transpose(1, 2)
 
     def paint_vectors(self, z_q: Tensor, size: Size | None = None) -> Tensor:
         """Pixels (B, 3, H, W), not clamped, of quantized vectors (B, N, d) of a picture of `size`."""
-        height, width = _as_size(self.image_size) if size is None else size
+        height, width = as_size(self.image_size) if size is None else size
         latent = z_q.transpose(1, 2).unflatten(2, self.grid_of((height, width)))
         return self.decoder(self.from_code(latent))[..., :height, :width]
-
-    def quantize(self, pixels: Tensor) -> Quantized:
-        """Codes, vectors, losses and statistics of pixels (B, 3, H, W) in `pixel_range`."""
-        self._check_pixels(pixels)
-        return self.quantizer.encode(self.features(pixels))
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Codes (B, N) in raster order of pixels (B, 3, H, W) in `pixel_range`, of any size.
-
-        Raises:
-            TokenloomError: For anything but float pixels of three channels, or NaN. A wrong range is a warning.
-        """
-        self._check_pixels(pixels)
-        self._check_values(pixels)
-        return self.quantize(pixels).codes
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor, size: Size | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) of codes.
-
-        Args:
-            codes: LongTensor (B, N) in raster order.
-            size: Height and width of the picture; `None` = `image_size`.
-
-        Raises:
-            TokenloomError: If the codes are not those of such a picture.
-        """
-        height, width = _as_size(self.image_size if size is None else size)
-        rows, columns = self.grid_of((height, width))
-        self.check_codes(codes, rows * columns)
-        vectors = self.quantizer.decode(codes.long()).to(self.decoder.conv_in.weight.dtype)
-        pixels = self.paint_vectors(vectors, (height, width))
-        return pixels.clamp(*self.pixel_range) if self.clamp else pixels
-
-    def reconstruct(self, media: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) after encoding and decoding pixels of the same shape, of any size."""
-        codes = self.encode(media)
-        return self.decode(codes, (media.shape[2], media.shape[3]))
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Quantized]:
-        """Differentiable reconstruction (B, 3, H, W), not clamped, and what the quantizer returned."""
-        quantized = self.quantize(pixels)
-        return self.paint_vectors(quantized.z_q, (pixels.shape[2], pixels.shape[3])), quantized
-
-
-def _as_size(size: int | Sequence[int]) -> Size:
-    """(height, width) of one number or two."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise TokenloomError(
-            f"A picture's size is one number or (height, width), each at least 1; got {size!r}."
-        )
-    return int(sides[0]), int(sides[1])

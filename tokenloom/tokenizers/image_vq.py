@@ -7,15 +7,15 @@ meet without seams. Knows nothing of generators, captions or files.
 
 from __future__ import annotations
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
 from tokenloom.layers import Block, BlockConfig, make_norm, rope_table
 from tokenloom.layouts import Layout
-from tokenloom.tokenizers.base import Tokenizer
-from tokenloom.tokenizers.quantizers import Quantized, make_quantizer
+from tokenloom.tokenizers.image import ImageTokenizer
+from tokenloom.tokenizers.pixels import Size
+from tokenloom.tokenizers.quantizers import make_quantizer
 
 
 class _Trunk(nn.Module):
@@ -36,7 +36,7 @@ class _Trunk(nn.Module):
         return self.norm(x)
 
 
-class ImageVQTokenizer(Tokenizer):
+class ImageVQTokenizer(ImageTokenizer):
     """Square RGB pictures in [-1, 1] to a grid of codes and back.
 
     Args:
@@ -51,7 +51,12 @@ class ImageVQTokenizer(Tokenizer):
         quantizer_options: Keyword options of the quantizer, for instance {"levels": [8, 8, 8, 8]}.
     """
 
-    modality = "image"
+    image_size: int
+    parts = {  # noqa: RUF012  (a constant of the class)
+        "encoder": ("stem", "encoder", "to_code"),
+        "quantizer": ("quantizer",),
+        "decoder": ("from_code", "decoder", "paint"),
+    }
 
     @register_to_config
     def __init__(
@@ -92,22 +97,9 @@ class ImageVQTokenizer(Tokenizer):
         self.unshuffle = nn.PixelShuffle(patch)
 
     @property
-    def bits_per_image(self) -> float:
-        """Bits of one picture's codes."""
-        return self.bits_per_sample
-
-    def _check_pixels(self, pixels: Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
-        given = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else repr(type(pixels))
-        if (
-            not isinstance(pixels, Tensor)
-            or tuple(pixels.shape[1:]) != expected
-            or not pixels.is_floating_point()
-        ):
-            raise TokenloomError(
-                f"ImageVQTokenizer expects float pixels of shape (B, {', '.join(map(str, expected))}) in [-1, 1], "
-                f"got {given}; resize the picture and scale it with x / 127.5 - 1."
-            )
+    def last_layer(self) -> nn.Parameter:
+        """The weight that paints pixels."""
+        return self.paint.weight
 
     def features(self, pixels: Tensor) -> Tensor:
         """Continuous vectors (B, N, d) before quantization of pixels (B, 3, H, W)."""
@@ -117,32 +109,10 @@ class ImageVQTokenizer(Tokenizer):
         x = x.unflatten(1, (side, merge, side, merge)).permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
         return self.to_code(x)
 
-    def paint_vectors(self, z_q: Tensor) -> Tensor:
+    def paint_vectors(self, z_q: Tensor, size: Size | None = None) -> Tensor:
         """Pixels (B, 3, H, W) of quantized vectors (B, N, d); not clamped."""
         side, merge = self.grid, self.merge
         x = self.from_code(z_q).unflatten(-1, (merge, merge, -1)).unflatten(1, (side, side))
         x = x.permute(0, 1, 3, 2, 4, 5).flatten(1, 4)  # (B, P, D)
         x = self.decoder(x).transpose(1, 2).unflatten(2, (self.patches, self.patches))
         return self.unshuffle(self.paint(x))
-
-    def quantize(self, pixels: Tensor) -> Quantized:
-        """Codes, vectors, losses and statistics of pixels (B, 3, H, W) in [-1, 1]."""
-        self._check_pixels(pixels)
-        return self.quantizer.encode(self.features(pixels))
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Codes (B, N) in raster order of pixels (B, 3, H, W) in [-1, 1]."""
-        return self.quantize(pixels).codes
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] of codes (B, N)."""
-        self.check_codes(codes)
-        vectors = self.quantizer.decode(codes.long()).to(self.from_code.weight.dtype)
-        return self.paint_vectors(vectors).clamp(-1, 1)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Quantized]:
-        """Differentiable reconstruction (B, 3, H, W), not clamped, and what the quantizer returned."""
-        quantized = self.quantize(pixels)
-        return self.paint_vectors(quantized.z_q), quantized

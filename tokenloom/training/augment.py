@@ -1,6 +1,6 @@
-"""Random changes to a batch of pictures: mirror, shift, scale, rotation, colour. White borders.
+"""Random changes to a batch of pictures: mirror, shift, scale, rotation, colour, with white borders; and to masks.
 
-Works on whole batches of float pixels in [-1, 1]. Knows nothing of data sets or models.
+Works on whole batches of float pixels in [-1, 1], or masks in [0, 1]. Knows nothing of data sets or models.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenloom.training.config import AugmentConfig
+
+_KERNELS = (3, 5, 7)
+_FEWEST_PIXELS = 10
 
 
 def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
@@ -51,3 +54,31 @@ def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -
         contrast = 1 + uniform(batch, 1, 1, 1) * config.colour
         pixels = 1 + (pixels - 1) * contrast * gain  # white stays white
     return pixels.clamp(-1, 1)
+
+
+def random_morphology(masks: Tensor, generator: torch.Generator, probability: float = 0.7) -> Tensor:
+    """Dilates or erodes each mask with a chance, so that outlines of all kinds are seen (HiMTok).
+
+    A mask that would lose nearly all of its pixels stays as it is.
+
+    Args:
+        masks: (B, H, W) float in [0, 1].
+        generator: Source of randomness (CPU).
+        probability: Chance of each mask to change.
+
+    Returns:
+        (B, H, W) float in [0, 1].
+    """
+    batch = masks.shape[0]
+    kernels = torch.randint(len(_KERNELS), (batch,), generator=generator)
+    grows = torch.rand(batch, generator=generator) < 0.5
+    changes = torch.rand(batch, generator=generator) < probability
+    result = masks.clone()
+    for index, kernel in enumerate(_KERNELS):
+        for sign, chosen in ((1.0, grows), (-1.0, ~grows)):
+            rows = (changes & chosen & (kernels == index)).nonzero().squeeze(1).to(masks.device)
+            if rows.numel():
+                changed = sign * F.max_pool2d(sign * masks[rows], kernel, 1, kernel // 2)
+                enough = changed.sum((1, 2)) > _FEWEST_PIXELS
+                result[rows] = torch.where(enough[:, None, None], changed, masks[rows])
+    return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,6 +20,15 @@ import yaml
 from tokenloom.errors import TokenloomError, unknown_name
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in JSON and in version 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _check_range(where: str, value: float, low: float, high: float = math.inf) -> None:
@@ -131,7 +141,10 @@ class LoopConfig:
         if len(self.betas) != 2:
             raise TokenloomError(f"loop.betas must be two numbers, got {self.betas}.")
         for index, beta in enumerate(self.betas):
-            _check_range(f"loop.betas[{index}]", beta, 0, 1)
+            if not 0 <= beta < 1:  # at 1 the moments never change, and their correction divides by 0
+                raise TokenloomError(
+                    f"loop.betas[{index}] must be at least 0 and less than 1, got {beta}; usual are 0.9 and 0.95."
+                )
         for key, options in (
             ("schedule", ("cosine", "constant", "wsd")),
             ("precision", ("auto", "bf16", "fp16", "no")),
@@ -153,6 +166,8 @@ class TokenizerLossConfig:
         perceptual_pretrained: Whether timm loads its published weights (needs them cached or a network).
         adversarial: PatchGAN hinge loss with adaptive weight.
         adversarial_start: First step of the adversarial loss.
+        lecam: LeCam regularisation of the discriminator, for small sets of pictures.
+        entropy: Weight of the quantizer's entropy loss, in the place of its own `entropy_weight`; `None` leaves that.
     """
 
     l1: float = 0.1
@@ -163,6 +178,8 @@ class TokenizerLossConfig:
     perceptual_pretrained: bool = True
     adversarial: float = 0.0
     adversarial_start: int = 5000
+    lecam: float = 0.0
+    entropy: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -172,20 +189,26 @@ class TokenizerConfig:
     Attributes:
         output: Folder for checkpoints, samples, the log and the model.
         data: Training pictures.
-        model: Options of `ImageVQTokenizer`.
+        tokenizer: Class of the tokenizer, a key of `tokenloom.tokenizers.registry.TOKENIZERS`: "image_vq", "image_cnn",
+            "image_scale".
+        model: Options of that class.
         loss: Loss weights.
         augment: Random changes to the pictures.
         loop: Optimisation.
-        init_from: Folder of a tokenizer whose weights training starts from.
+        init_from: Folder of a tokenizer that training starts from; its own class and options count, not those above.
+        freeze: Parts that stay as they are: "encoder", "quantizer", "decoder", or what names of parameters begin with. With
+            [encoder, quantizer] the decoder alone is trained, and codes do not change.
     """
 
     output: str
     data: DataConfig
+    tokenizer: str = "image_vq"
     model: dict[str, Any] = field(default_factory=dict)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     init_from: str | None = None
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -351,16 +374,32 @@ def load_config(kind: type[T], path: str | Path, overrides: list[str] | None = N
     Raises:
         TokenloomError: If the file cannot be read, is not YAML, or does not fit the dataclass.
     """
-    path = Path(path)
+    return from_dict(kind, read_values(path, overrides))
+
+
+def read_values(path: str | Path | None, overrides: list[str] | None = None) -> Any:
+    """Reads plain values from a YAML (or JSON) file, or from nothing, and changes them.
+
+    Args:
+        path: The file; `None` begins with no values.
+        overrides: Changes such as "loop.steps=200", parsed as YAML values.
+
+    Raises:
+        TokenloomError: If the file cannot be read or is not YAML, or a change does not fit.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = {} if path is None else _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise TokenloomError(f"Cannot read the config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TokenloomError(f"{path} is not valid YAML: {error}") from None
     for override in overrides or []:
         _override(values, override)
-    return from_dict(kind, values)
+    return values
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a safe loader: it builds plain values alone
 
 
 def _override(values: Any, override: str) -> None:
@@ -375,6 +414,6 @@ def _override(values: Any, override: str) -> None:
     if not isinstance(target, dict):
         raise TokenloomError(f"Override {override!r} does not fit: what it changes is not a mapping of keys.")
     try:
-        target[last] = yaml.safe_load(text)
+        target[last] = _parse(text)
     except yaml.YAMLError:
         raise TokenloomError(f"Override {override!r} has a value that is not valid YAML.") from None

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from torch import Tensor
 
-from tokenloom import tokenizers
 from tokenloom.data.dataset import ImageCaptionFolder
 from tokenloom.errors import TokenloomError
-from tokenloom.tokenizers.base import Tokenizer
-from tokenloom.tokenizers.image_vq import ImageVQTokenizer
+from tokenloom.tokenizers.image import ImageTokenizer
+from tokenloom.tokenizers.registry import load_tokenizer
 from tokenloom.training.config import DataConfig
 
 
@@ -39,16 +34,22 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def open_tokenizer(folder: str) -> Any:
-    """The image tokenizer of a folder, of whichever class its configuration names, with float32 weights."""
-    path = Path(folder) / ImageVQTokenizer.config_name
-    if not path.is_file():
+def open_tokenizer(folder: str) -> ImageTokenizer:
+    """The image tokenizer of whichever class that `train-tokenizer` or `save_pretrained` wrote, with float32 weights."""
+    tokenizer = load_tokenizer(folder)
+    if not isinstance(tokenizer, ImageTokenizer):
+        raise TokenloomError(f"{folder!r} holds a {type(tokenizer).__name__}, which is no image tokenizer.")
+    return tokenizer
+
+
+def square_side(tokenizer: ImageTokenizer) -> int:
+    """Side of the square pictures that a tokenizer trains on.
+
+    Raises:
+        TokenloomError: If its pictures are not square.
+    """
+    if not isinstance(tokenizer.image_size, int):
         raise TokenloomError(
-            f"There is no image tokenizer in {folder!r}: it has no {path.name}. Give the folder "
-            '"model" that `tokenloom train-tokenizer` writes, or "tokenizer" of a saved pipeline.'
+            f"Training pictures are square, but this tokenizer has image_size {tokenizer.image_size}; make its two sides equal."
         )
-    name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", "ImageVQTokenizer")
-    kind = getattr(tokenizers, name, None) if name in tokenizers.__all__ else None
-    if not isinstance(kind, type) or not issubclass(kind, Tokenizer) or kind.modality != "image":
-        raise TokenloomError(f"{folder!r} holds {name!r}, which is no image tokenizer of this version.")
-    return kind.from_pretrained(folder).float()
+    return tokenizer.image_size

@@ -19,11 +19,12 @@ from tokenloom.generators import orders
 from tokenloom.generators.base import Generator
 from tokenloom.media import save_image, sheet, to_pil
 from tokenloom.pipelines.text_to_image import TextToImagePipeline
-from tokenloom.tokenizers.base import Tokenizer
+from tokenloom.tokenizers.image import ImageTokenizer
+from tokenloom.tokenizers.pixels import rescale
 from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.training.augment import augment
 from tokenloom.training.config import GeneratorConfig
-from tokenloom.training.data import open_folder, open_tokenizer, to_float
+from tokenloom.training.data import open_folder, open_tokenizer, square_side, to_float
 from tokenloom.training.families import build_generator, family
 from tokenloom.training.loop import Task
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def cache_codes(
-    tokenizer: Tokenizer, pixels: Tensor, config: GeneratorConfig, batch_size: int = 256
+    tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorConfig, batch_size: int = 256
 ) -> Tensor:
     """Codes of all pictures, `config.views` copies each.
 
@@ -47,15 +48,14 @@ def cache_codes(
         int32 (M, views, N).
     """
     generator = torch.Generator().manual_seed(config.loop.seed)
-    low, high = getattr(tokenizer, "pixel_range", (-1.0, 1.0))
     views = []
     for view in range(max(1, config.views)):
         parts = []
         for batch in pixels.split(batch_size):
             values = to_float(batch)
             values = augment(values, config.augment, generator) if view else values
-            values = values * (high - low) / 2 + (high + low) / 2
-            parts.append(tokenizer.encode(values.to(tokenizer.device)).int().cpu())
+            values = rescale(values.to(tokenizer.device), (-1.0, 1.0), tokenizer.pixel_range)
+            parts.append(tokenizer.encode(values).int().cpu())
         views.append(torch.cat(parts))
     return torch.stack(views, dim=1)
 
@@ -69,7 +69,7 @@ class GeneratorTask(Task):
         set_seed(config.loop.seed)
         self.tokenizer = open_tokenizer(config.tokenizer).eval()
         self.tokenizer.to(PartialState().device)
-        folder = open_folder(config.data, self.tokenizer.image_size)
+        folder = open_folder(config.data, square_side(self.tokenizer))
         self.captions = folder.captions
         if not any(item.text for item in self.captions):
             raise TokenloomError(
@@ -188,8 +188,7 @@ class GeneratorTask(Task):
         keep = ~self.generator.plan.predicted
         made = self.generator.generate(words, seeds=[0] * count, known=codes, keep=keep)
         pixels = torch.cat([self.tokenizer.decode(part.to(self.tokenizer.device)) for part in (codes, made)])
-        low, high = getattr(self.tokenizer, "pixel_range", (-1.0, 1.0))
-        pixels = (pixels.cpu().float() - low) / (high - low) * 2 - 1
+        pixels = rescale(pixels.cpu().float(), self.tokenizer.pixel_range, (-1.0, 1.0))
         save_image(sheet(to_pil(pixels), columns=count), path)
 
     def save(self, folder: Path) -> None:

@@ -6,13 +6,14 @@ pictures, codes or models beyond that.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
+from tokenloom.models import replace_folder
 from tokenloom.training.config import LoopConfig
 from tokenloom.training.interrupts import noticed_interrupts
 
@@ -65,18 +67,6 @@ class Task(ABC):
     def after_step(self, accelerator: Accelerator, batch: Any, step: int) -> dict[str, Tensor]:
         """Called after each optimizer step; may train a second network. Returns scalars to log."""
         return {}
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Puts `source` in the place of `target` so that a complete folder is there at any time but an instant."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.replace(old)
-        source.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        source.replace(target)
 
 
 def learning_rate_factor(step: int, config: LoopConfig) -> float:
@@ -133,6 +123,22 @@ def resolve_precision(precision: str) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+def _row_step(line: str) -> float:
+    """The step of a row of the log; infinity if the row is not whole."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def not_finite(values: Mapping[str, Tensor], prefix: str = "", most: int = 8) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, with a prefix; at most so many of them."""
+    names = (
+        name for name, value in values.items() if value.is_floating_point() and not value.isfinite().all()
+    )
+    return [f"{prefix}{name}" for name in itertools.islice(names, most)]
 
 
 class Trainer:
@@ -206,7 +212,20 @@ class Trainer:
                 values, lr=self.config.learning_rate * factor
             )  # the config rules, not the checkpoint
         self.schedule.scheduler.base_lrs = [self.config.learning_rate] * len(settings)
+        if self.accelerator.is_main_process:
+            self._rewind_log()
         self.accelerator.print(f"Resumed from {path} at step {self.step}.")
+
+    def _rewind_log(self) -> None:
+        """Drops the rows of the log that this run will write again, and a row that a kill cut off."""
+        path = self.output / "log.jsonl"
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _row_step(line) <= self.step]
+        scratch = path.with_name(f".{path.name}.part")
+        scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        scratch.replace(path)
 
     def _with_average(self, action: Any) -> None:
         parameters = list(self.task.module.parameters())
@@ -260,7 +279,8 @@ class Trainer:
                 with self.accelerator.autocast():
                     loss, logs = self.task.loss(self.model, batch, self.step)
                 if not torch.isfinite(loss):
-                    bad = [key for key, value in logs.items() if not torch.isfinite(value).all()]
+                    bad = not_finite({**logs, **{f"batch {key}": value for key, value in batch.items()}})
+                    bad += not_finite(dict(self.task.module.named_parameters()), "weight ")
                     raise TokenloomError(
                         f"The loss is {loss.item()} at step {self.step} (not finite: {', '.join(bad) or 'loss'}); "
                         "lower the learning rate or resume from the last checkpoint with another seed."
@@ -279,8 +299,10 @@ class Trainer:
     def _check_norm(self, norm: Tensor) -> None:
         """Stops before gradients that are not finite reach the weights; fp16 scaling skips such steps itself."""
         if self.accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):
+            named = self.task.module.named_parameters()
+            bad = not_finite({name: value.grad for name, value in named if value.grad is not None})
             raise TokenloomError(
-                f"The gradient norm is {float(norm)} at step {self.step}; lower the learning rate or resume from the "
+                f"The gradient norm is {float(norm)} at step {self.step} (not finite: {', '.join(bad) or 'norm'}); lower the learning rate or resume from the "
                 "last checkpoint with another seed."
             )
 

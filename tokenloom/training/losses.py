@@ -110,6 +110,30 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
+class LeCam(nn.Module):
+    """Holds a discriminator's answers near the averages of earlier ones, which helps with few pictures (Tseng et al. 2021).
+
+    Args:
+        decay: Decay of the two averages.
+    """
+
+    real: Tensor
+    fake: Tensor
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.tensor(0.0))
+        self.register_buffer("fake", torch.tensor(0.0))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """A scalar loss of logits of real and decoded pictures, of any shape; updates the averages."""
+        with torch.no_grad():
+            self.real.lerp_(real.detach().mean(), 1 - self.decay)
+            self.fake.lerp_(fake.detach().mean(), 1 - self.decay)
+        return F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
+
+
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """Ratio of gradient norms at the last layer (VQGAN, eq. 7), at most 1e4."""
     (a,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)

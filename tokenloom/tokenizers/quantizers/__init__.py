@@ -14,6 +14,7 @@ from tokenloom.tokenizers.quantizers.binary import BSQ, LFQ
 from tokenloom.tokenizers.quantizers.projected import Projected, SimVQ
 from tokenloom.tokenizers.quantizers.residual import Residual, ResidualFSQ, ResidualLFQ, ResidualVQ
 from tokenloom.tokenizers.quantizers.scalar import FSQ
+from tokenloom.tokenizers.quantizers.scales import MultiScale
 from tokenloom.tokenizers.quantizers.vq import VQ
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FSQ",
     "LFQ",
     "VQ",
+    "MultiScale",
     "Projected",
     "Quantized",
     "Quantizer",

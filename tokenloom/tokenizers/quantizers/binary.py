@@ -14,14 +14,15 @@ from tokenloom.tokenizers.quantizers.base import Quantized, Quantizer, negative_
 
 _ENTROPIES = ("joint", "factorised")
 _MOST_JOINT_BITS = 16
-_MOST_BITS = 62
+_MOST_BITS = 64
 
 
 class LFQ(Quantizer):
     """Lookup-free quantization (Yu et al. 2023, MAGVIT-v2): a code is the sign of every dimension.
 
     Args:
-        dim: Bits of a code d; the codebook has 2^d entries.
+        dim: Bits of a code d; the codebook has 2^d entries. The codes of 64 bits do not all fit the positive numbers of
+            int64: those with the first bit set are negative (two's complement).
         commitment: Weight of the commitment loss.
         entropy_weight: Weight of "entropy of a vector's soft choice minus `diversity` times that of the batch".
         diversity: See `entropy_weight`.
@@ -59,7 +60,8 @@ class LFQ(Quantizer):
         self.commitment, self.entropy_weight, self.diversity = commitment, entropy_weight, diversity
         self.entropy, self.inverse_temperature, self.soft_clamp = entropy, inverse_temperature, soft_clamp
         self.scale = dim**-0.5 if self.spherical else 1.0
-        self.register_buffer("powers", 2 ** torch.arange(dim - 1, -1, -1), persistent=False)
+        places = torch.arange(dim - 1, -1, -1)
+        self.register_buffer("powers", torch.ones_like(places) << places, persistent=False)
 
     def prepare(self, z: Tensor) -> Tensor:
         """The float32 vectors (..., d) whose signs are taken."""

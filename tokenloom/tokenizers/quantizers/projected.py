@@ -6,6 +6,7 @@ Knows vectors and other quantizers. Knows nothing of pictures or layouts.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
@@ -60,7 +61,7 @@ def _means(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class SimVQ(VQ):
-    """A frozen random codebook seen through one learned linear layer (Zhu et al. 2024, SimVQ).
+    """A codebook seen through one learned linear layer (Zhu et al. 2024, SimVQ).
 
     Every code moves with the layer, also those that no vector chose, so that codes do not die.
 
@@ -69,16 +70,30 @@ class SimVQ(VQ):
         dim: Width d of a code.
         commitment: Weight of the commitment loss.
         rotation: Gradients by the rotation trick instead of straight through.
+        normalize: Unit-length inputs and codes (cosine lookup), as HiMTok, instead of Euclidean lookup.
+        frozen: Whether the codes behind the layer stay as they were drawn, as in the paper.
     """
 
     def __init__(
-        self, codebook_size: int, dim: int, *, commitment: float = 0.25, rotation: bool = False
+        self,
+        codebook_size: int,
+        dim: int,
+        *,
+        commitment: float = 0.25,
+        rotation: bool = False,
+        normalize: bool = False,
+        frozen: bool = True,
     ) -> None:
-        super().__init__(codebook_size, dim, normalize=False, commitment=commitment, rotation=rotation)
-        self.codebook.requires_grad_(False)
+        super().__init__(codebook_size, dim, normalize=normalize, commitment=commitment, rotation=rotation)
+        self.codebook.requires_grad_(not frozen)
         self.transform = nn.Linear(dim, dim, bias=False)
+
+    def projected(self) -> Tensor:
+        """The (codebook_size, d) codes behind the layer, of any length."""
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            return self.transform(self.codebook)
 
     def table(self) -> Tensor:
         """The (codebook_size, d) vectors used for lookup."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
-            return self.transform(self.codebook)
+        table = self.projected()
+        return F.normalize(table, dim=-1) if self.normalize is True else table

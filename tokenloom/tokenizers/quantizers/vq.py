@@ -98,24 +98,26 @@ class VQ(Quantizer):
         """The (codebook_size, d) vectors used for lookup."""
         return F.normalize(self.codebook, dim=-1) if self.normalize is True else self.codebook
 
-    def encode(self, z: Tensor, *, defer: bool = False) -> Quantized:
+    def encode(self, z: Tensor, *, defer: bool = False, learn: bool = True) -> Quantized:
         """Quantizes (B, N, d) float vectors; computed in float32, also under autocast.
 
         Args:
             z: (B, N, d) vectors.
             defer: Gather the moving averages but leave the codebook until `write_averages` (shared codebooks).
+            learn: Whether this is a training batch for averages, counts and revival, if the module trains at all.
         """
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().flatten(0, -2)
             flat = F.normalize(flat, dim=-1) if self.unit_inputs else flat
-            if self.training:  # before the lookup: the backward pass needs the codebook unchanged
-                self._place(flat.detach())
+            learn = learn and self.training
+            if learn:  # before the lookup: the backward pass needs the codebook unchanged
+                self.place(flat.detach())
             table = self.table().float()
             codes = self._nearest(flat, table)
             chosen = table[codes]
             losses = self._losses(flat, chosen, table)
-            if self.training:
-                self._update(flat.detach(), codes)
+            if learn:
+                self.update(flat.detach(), codes)
                 if not defer:
                     self.write_averages()
             z_q = (rotate_to if self.rotation else straight_through)(flat, chosen)
@@ -149,7 +151,7 @@ class VQ(Quantizer):
         return -(log_p.exp() * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
 
     @torch.no_grad()
-    def _place(self, flat: Tensor) -> None:
+    def place(self, flat: Tensor) -> None:
         """Moves codes onto vectors of the batch (M, d): all of them at the first batch, dead ones later."""
         if self.kmeans_init and not bool(self.initialized):
             centres = from_first_process(kmeans(flat, self.codebook_size, self.kmeans_init, self.unit_inputs))
@@ -168,7 +170,8 @@ class VQ(Quantizer):
             self.ema_sum[codes], self.ema_count[codes] = vectors.to(self.ema_sum.dtype), 1.0
 
     @torch.no_grad()
-    def _update(self, flat: Tensor, codes: Tensor) -> None:
+    def update(self, flat: Tensor, codes: Tensor) -> None:
+        """Counts the codes (M,) of vectors (M, d) and gathers their moving averages, as one training batch."""
         if self.ema_decay is None and not self.revive_after:
             return
         counts = sum_processes(torch.bincount(codes, minlength=self.codebook_size))
