@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny_models import tiny_tokenizer
 
@@ -26,16 +25,6 @@ def test_any_size_comes_back_in_its_size(size: tuple[int, int]) -> None:
     assert result.tiles == math.ceil(size[0] / 16) * math.ceil(size[1] / 16)
     assert result.bits == result.tiles * 16 * 6  # 16 tokens of 64 codes
     assert result.bits_per_pixel == pytest.approx(result.bits / (size[0] * size[1]))
-
-
-def test_tiles_are_cut_and_joined_in_order() -> None:
-    pixels = torch.randn(1, 3, 33, 40)
-    tiles, rows, columns = reconstruction._cut(pixels, 16)
-    assert (rows, columns, len(tiles)) == (3, 3, 9)
-    assert torch.equal(tiles[4], pixels[0, :, 16:32, 16:32])
-    joined = reconstruction._join(tiles, rows, columns)
-    assert torch.equal(joined[..., :33, :40], pixels)
-    assert torch.equal(joined[..., 33:, :40], pixels[..., -1:, :].expand(-1, -1, 15, -1))
 
 
 def test_each_tile_is_what_the_tokenizer_gives() -> None:
