@@ -6,6 +6,7 @@ ends with one line on stderr and exit code 2, Ctrl-C with one line and exit code
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -325,10 +326,16 @@ def train_tokenizer(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     resume: ResumeOption = None,
     changes: SetOption = [],  # noqa: B006
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a tokenizer to start from, for instance converted official weights."),
+    ] = None,
 ) -> None:
     """Train an image tokenizer."""
     from tokenloom.training import run
 
+    if init_from is not None:
+        changes = [*changes, f"init_from={json.dumps(str(init_from))}"]
     _OUT.print(f"trained: {run.train_tokenizer(config, resume=resume, overrides=changes)}", markup=False)
 
 

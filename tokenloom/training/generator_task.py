@@ -166,7 +166,9 @@ class GeneratorTask(Task):
         return module(batch["codes"], batch["condition"], **options), {}
 
     def _pipeline(self) -> TextToImagePipeline:
-        pipeline = TextToImagePipeline(self.tokenizer, self.generator, self.words, dict(self.config.sampling))
+        pipeline = TextToImagePipeline(
+            cast(Any, self.tokenizer), self.generator, self.words, dict(self.config.sampling)
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
