@@ -21,6 +21,7 @@ _EXPORTS = {
     "ImageVQTokenizer": "tokenloom.tokenizers.image_vq",
     "Layout": "tokenloom.layouts",
     "MaskedGenerator": "tokenloom.generators.masked",
+    "MaskedLatentGenerator": "tokenloom.generators.masked_continuous",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from tokenloom.generators import orders as orders
     from tokenloom.generators.base import Generator as Generator
     from tokenloom.generators.masked import MaskedGenerator as MaskedGenerator
+    from tokenloom.generators.masked_continuous import MaskedLatentGenerator as MaskedLatentGenerator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
     from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
@@ -64,6 +66,7 @@ __all__ = [
     "ImageVQTokenizer",
     "Layout",
     "MaskedGenerator",
+    "MaskedLatentGenerator",
     "ModelMixin",
     "NextBlockGenerator",
     "NextNeighborGenerator",

@@ -18,8 +18,10 @@ from tokenloom.errors import TokenloomError, unknown_name
 
 _ADAPTERS: dict[str, str] = {
     "dar": "llamagen",
+    "himar": "himar",
     "llamagen": "llamagen",
     "llamagen_vq": "image_cnn",
+    "mar": "mar",
     "maskgit_vqgan": "image_cnn",
     "mvar": "var",
     "nar": "nar",

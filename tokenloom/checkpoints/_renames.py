@@ -28,31 +28,54 @@ class Rename:
 
     Attributes:
         ours: Name in our state dict.
-        official: Official names; several are stacked along axis 0, in equal parts.
+        official: Official names; several are stacked along axis 0.
         leading: How many axes of length 1 stand before the official tensor and not before ours.
+        trailing: How many axes of length 1 stand behind the official tensor and not behind ours (1x1 convolutions).
+        sizes: Lengths of the stacked parts; empty means equal parts.
+        blocks: Our i-th equal block along axis 0 is the official block `blocks[i]`; empty means the same.
+        folded: Length of our first axis, which the official tensor counts on along the second; 0 for none.
     """
 
     ours: str
     official: tuple[str, ...]
     leading: int = 0
+    trailing: int = 0
+    sizes: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+    folded: int = 0
 
     @classmethod
-    def of(cls, ours: str, *official: str, leading: int = 0) -> Rename:
+    def of(cls, ours: str, *official: str, **options: Any) -> Rename:
         """A rename of one or several official tensors."""
-        return cls(ours, official, leading)
+        return cls(ours, official, **options)
 
     def gather(self, state: Mapping[str, Tensor]) -> Tensor:
         """Our tensor."""
-        parts = [state[name].reshape(state[name].shape[self.leading :]) for name in self.official]
-        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+        parts = [self._inner(state[name]) for name in self.official]
+        value = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+        if self.blocks and len(value) % len(self.blocks) == 0:
+            pieces = value.chunk(len(self.blocks))
+            value = torch.cat([pieces[index] for index in self.blocks])
+        if self.folded and len(value) % self.folded == 0:
+            value = value.unflatten(0, (self.folded, -1))
+        return value
+
+    def _inner(self, value: Tensor) -> Tensor:
+        """An official tensor without its axes of length 1."""
+        return value.reshape(value.shape[self.leading : value.ndim - self.trailing])
 
     def scatter(self, value: Tensor) -> dict[str, Tensor]:
         """The official tensors."""
-        parts = value.detach().chunk(len(self.official))
-        shapes = [(1,) * self.leading + tuple(part.shape) for part in parts]
+        value = value.detach()
+        value = value.flatten(0, 1) if self.folded else value
+        if self.blocks:
+            pieces = value.chunk(len(self.blocks))
+            value = torch.cat([pieces[self.blocks.index(index)] for index in range(len(pieces))])
+        parts = value.split(self.sizes) if self.sizes else value.chunk(len(self.official))
+        ones = (1,) * self.leading, (1,) * self.trailing
         return {
-            name: part.reshape(shape).clone()
-            for name, part, shape in zip(self.official, parts, shapes, strict=True)
+            name: part.reshape(ones[0] + tuple(part.shape) + ones[1]).clone()
+            for name, part in zip(self.official, parts, strict=True)
         }
 
 

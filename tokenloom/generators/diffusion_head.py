@@ -13,6 +13,7 @@ Legend: B samples, n rows, C channels, D width of the condition, W width of the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def process(steps: int = TIMES) -> Process:
     if not 1 <= steps <= TIMES:
         raise TokenloomError(f"A diffusion head draws in 1 to {TIMES} steps, got {steps}.")
     ends = [math.cos((i / TIMES + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(TIMES + 1)]
-    alphas = [max(after / before, 1 - 0.999) for before, after in zip(ends, ends[1:], strict=False)]
+    alphas = [max(after / before, 1 - 0.999) for before, after in itertools.pairwise(ends)]
     total = torch.tensor(alphas, dtype=torch.float64).cumprod(0)
     stride, place, kept = (TIMES - 1) / (steps - 1) if steps > 1 else 1.0, 0.0, []
     for _ in range(steps):

@@ -12,7 +12,6 @@ encoder where nobody sees them, the cached rung leaves them out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +23,14 @@ from torch import Tensor, nn
 from tokenloom.errors import TokenloomError, check_options, unknown_name
 from tokenloom.generators.arguments import check_batch
 from tokenloom.generators.conditions import Given, make_condition
-from tokenloom.generators.continuous import ContinuousGenerator, Denoising, LatentNoise, LatentStep
+from tokenloom.generators.continuous import ContinuousGenerator, Denoising, LatentStep
 from tokenloom.generators.decoding import RUNGS
 from tokenloom.generators.diffusion_head import DiffusionHead, HeadConfig, process
 from tokenloom.generators.masked import MaskRule, draw_hidden
 from tokenloom.generators.masked_network import MaskedAutoencoder
+from tokenloom.generators.masked_visits import LatentRun, check_visits, run_visits
 from tokenloom.generators.orders import Order
-from tokenloom.generators.sampling import Guidance, Sampling, guide
+from tokenloom.generators.sampling import Guidance, Sampling
 from tokenloom.generators.transformer import TransformerConfig
 from tokenloom.rng import as_seeds, noise
 
@@ -70,56 +70,6 @@ class LatentMaskRule:
         check_visits(self.visits, len(self.visits))
         for schedule in self.mask_schedules:
             MaskRule(mask_schedule=schedule, mask_min=self.mask_min, label_drop=self.label_drop)
-
-
-def check_visits(visits: Sequence[int], steps: int) -> tuple[int, ...]:
-    """Raises unless there is a positive number of visits for each step."""
-    good = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in visits)
-    if not good or len(visits) != steps:
-        raise TokenloomError(
-            f"visits are whole numbers from 1 up, one for each of {steps} steps, got {tuple(visits)}."
-        )
-    return tuple(visits)
-
-
-def hidden_counts(size: int, visits: int) -> list[int]:
-    """How many of `size` positions are still hidden after each visit: the cosine schedule of MaskGIT and MAR.
-
-    At least one is left before the last visit, and one fewer than before if any.
-    """
-    left, counts = size, []
-    for visit in range(1, visits):
-        target = math.floor(size * math.cos(math.pi / 2 * visit / visits) + 1e-6)
-        left = max(1, min(left - 1, target))
-        counts.append(left)
-    return [*counts, 0]
-
-
-@dataclass(frozen=True)
-class LatentRun:
-    """One call of `generate`, checked and ready to run.
-
-    Attributes:
-        batch: Samples B.
-        guidance: The guidance; where it is enabled, the null half runs behind the conditional half.
-        denoising: How the tokens of each step are drawn.
-        visits: How often each step is visited.
-        prefix: Condition rows (B or 2B, P, D).
-        noise: The noise of all draws.
-        rank: LongTensor (B, N): positions of a step are made in rising rank.
-        dense: Whether hidden rows run through the encoder (the reference rung).
-        on_step: Called after each visit.
-    """
-
-    batch: int
-    guidance: Guidance
-    denoising: tuple[Denoising, ...]
-    visits: tuple[int, ...]
-    prefix: Tensor
-    noise: LatentNoise
-    rank: Tensor
-    dense: bool
-    on_step: Callable[[LatentStep], None] | None
 
 
 class MaskedLatentGenerator(ContinuousGenerator):
@@ -177,7 +127,7 @@ class MaskedLatentGenerator(ContinuousGenerator):
         """Every row of the condition, repeated: (B, P, D)."""
         return prefix.repeat_interleave(self.repeats, dim=1)
 
-    def _at(self, step: int) -> Tensor:
+    def places_of(self, step: int) -> Tensor:
         """Layout indices (n,) of a step."""
         return self.order.permutation[self.order.slices[step]].to(self.device)
 
@@ -236,7 +186,7 @@ class MaskedLatentGenerator(ContinuousGenerator):
         context: tuple[Tensor, Tensor] | None = None
         total = torch.zeros((), device=device)
         for step, head in enumerate(self.heads):
-            places = self._at(step)
+            places = self.places_of(step)
             law = MaskRule(mask_schedule=rule.mask_schedules[step], mask_min=rule.mask_min)
             hidden = (step_of > step).expand(batch, -1).clone()
             own = (
@@ -352,7 +302,7 @@ class MaskedLatentGenerator(ContinuousGenerator):
         hidden = torch.ones(latents.shape[:2], dtype=torch.bool, device=self.device)
         if kept is not None:
             latents, hidden = torch.where(kept[1][..., None], kept[0], latents), ~kept[1]
-        return self._visit_all(run, latents, hidden)
+        return run_visits(self, run, latents, hidden)
 
     def _denoising(
         self, sampling: Denoising | Sampling | Sequence[Denoising] | None
@@ -387,92 +337,3 @@ class MaskedLatentGenerator(ContinuousGenerator):
         if not torch.equal(sequence.sort(dim=1).values, places.expand(shape)):
             raise TokenloomError(f"Every row of sequence must hold each of 0..{size - 1} once.")
         return sequence.argsort(dim=1)
-
-    def _visit_all(self, run: LatentRun, latents: Tensor, hidden: Tensor) -> Tensor:
-        """The visits of all steps; `hidden` (B, N) says what is to be made."""
-        step_of, total, done = self.order.step.to(self.device), sum(run.visits), 0
-        features, made = (
-            torch.zeros(run.batch, hidden.shape[1], self.network.bridge.out_features),
-            ~hidden & False,
-        )
-        features = features.to(self.device, self.dtype)
-        for step, head in enumerate(self.heads):
-            own, unknown = step_of == step, hidden[:, step_of == step].sum(1, keepdim=True)
-            size = int(own.sum())
-            for visit, left in enumerate(hidden_counts(size, run.visits[step])):
-                now = hidden & own
-                scale = run.guidance.at(
-                    (step + 1 - max(1, left) / size) / len(self.heads), step=done, made=size - left
-                )
-                z = self._seen(run, latents, hidden, step, (features, made) if step else None)
-                rank = run.rank.masked_fill(~now, hidden.shape[1]).argsort(dim=1, stable=True).argsort(dim=1)
-                chosen = now & (rank < now.sum(1, keepdim=True) - unknown * left // size)
-                if head.whole_map:
-                    places = self._at(step).expand(run.batch, -1)
-                    shown = now
-                else:  # the chosen ones first; samples that choose fewer than others are padded
-                    count = int(chosen.sum(1).max())
-                    places, shown = (~chosen).long().argsort(dim=1, stable=True)[:, :count], chosen
-                if places.shape[1]:
-                    drawn = self._draw(run, step, visit, z, latents, shown, places, scale)
-                    self._check_finite(drawn, step)
-                    latents = _put(latents, drawn, places, shown)
-                features = torch.where((chosen & own)[..., None], z[: run.batch], features)
-                made, hidden = made | chosen, hidden & ~chosen
-                done += 1
-                if run.on_step is not None:
-                    final = ~hidden
-                    run.on_step(LatentStep(done - 1, total, latents * final[..., None], final.all(0).cpu()))
-        return latents
-
-    def _seen(
-        self,
-        run: LatentRun,
-        latents: Tensor,
-        hidden: Tensor,
-        step: int,
-        context: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """Features (B or 2B, N, E) of both halves, which share latents and context."""
-        halves = len(run.prefix) // run.batch
-        told = None if context is None else (context[0].repeat(halves, 1, 1), context[1].repeat(halves, 1))
-        shown = latents.to(self.dtype).repeat(halves, 1, 1)
-        return self.network(shown, run.prefix, hidden.repeat(halves, 1), step, told, run.dense)
-
-    def _draw(
-        self,
-        run: LatentRun,
-        step: int,
-        visit: int,
-        z: Tensor,
-        latents: Tensor,
-        shown: Tensor,
-        places: Tensor,
-        scale: float,
-    ) -> Tensor:
-        """Tokens (B, m, C) at layout indices (B, m); where not `shown` (B, N), a map is held to what is known."""
-        head, way = self.heads[step], run.denoising[step]
-        tables, offset = process(way.steps), visit * way.steps if head.whole_map else 0
-        guided = len(z) != run.batch and scale != 1
-        z = z if guided else z[: run.batch]
-        z = z.gather(1, places.repeat(len(z) // run.batch, 1)[..., None].expand(-1, -1, z.shape[-1]))
-        index = places[..., None].expand(-1, -1, self.channels)
-        free, fixed = shown.gather(1, places)[..., None], latents.gather(1, index)
-        first = x = run.noise(places, offset)
-        for at in reversed(range(way.steps)):
-            if head.whole_map:
-                x = torch.where(free, x, tables.add_noise(fixed, first, at))
-            fresh = run.noise(places, offset + way.steps - at) * way.temperature if at else first
-            x = head.step(x, z, tables, at, fresh, _mixer(scale) if guided else None)
-        return x
-
-
-def _mixer(scale: float) -> Callable[[Tensor], Tensor]:
-    """Mixes the noise predicted by both halves."""
-    return lambda both: guide(*both.chunk(2), scale)
-
-
-def _put(latents: Tensor, drawn: Tensor, places: Tensor, where: Tensor) -> Tensor:
-    """Latents with drawn tokens (B, m, C) at layout indices (B, m), where `where` (B, N) holds."""
-    index = places[..., None].expand(-1, -1, drawn.shape[-1])
-    return torch.where(where[..., None], latents.scatter(1, index, drawn), latents)
