@@ -121,29 +121,30 @@ def test_both_rungs_give_the_same_codes(reveal: str, batch: int) -> None:
         {"causal_prefix": True, "tie_embeddings": True, "code_levels": [3, 4]},
         {"transformer": {"rope": False, "learned_positions": 15}, "head_bias": True},
     ]
+    samplings = (Sampling(), Sampling(temperature=0.8, top_k=5, top_p=0.9), GREEDY)
+    keeps = (None, torch.arange(12) % 3 == 1, torch.arange(12) < 3 * torch.arange(batch)[:, None])
     for index, kind in enumerate(CONDITIONS):
         model, given = build(reveal, condition=kind, **flavours[index]), conditions(kind, batch)
-        for guidance in (1.0, Guidance(3.0, schedule="linear")):
-            for sampling in (Sampling(), Sampling(temperature=0.8, top_k=5, top_p=0.9), GREEDY):
-                for keep in (None, torch.arange(12) % 3 == 1, torch.rand(batch, 12) < torch.rand(batch, 1)):
-                    kept = {} if keep is None else {"known": random_codes(ORDER, batch), "keep": keep}
-                    made = [
-                        model.generate(
-                            given,
-                            batch_size=batch if given is None else None,
-                            guidance=guidance,
-                            sampling=sampling,
-                            seeds=list(range(7, 7 + batch)),
-                            decode=decode,
-                            **kept,
-                        )
-                        for decode in ("reference", "cached", "auto")
-                    ]
-                    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
-                    assert made[0].shape == (batch, 12) and 0 <= made[0].min() <= made[0].max() < VOCAB
-                    if keep is not None:
-                        where = keep.expand(batch, -1)
-                        assert torch.equal(made[0][where], kept["known"][where])
+        for turn, guidance in enumerate((1.0, Guidance(3.0, schedule="linear"))):
+            sampling, keep = samplings[(index + batch) % 3], keeps[(index + turn) % 3]
+            kept = {} if keep is None else {"known": random_codes(ORDER, batch), "keep": keep}
+            made = [
+                model.generate(
+                    given,
+                    batch_size=batch if given is None else None,
+                    guidance=guidance,
+                    sampling=sampling,
+                    seeds=list(range(7, 7 + batch)),
+                    decode=decode,
+                    **kept,
+                )
+                for decode in ("reference", "cached", "auto")
+            ]
+            assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+            assert made[0].shape == (batch, 12) and 0 <= made[0].min() <= made[0].max() < VOCAB
+            if keep is not None:
+                where = keep.expand(batch, -1)
+                assert torch.equal(made[0][where], kept["known"][where])
 
 
 @torch.no_grad()
@@ -229,12 +230,14 @@ def test_learns_real_sequences_by_heart() -> None:
         for table in (model.condition.table, model.transformer.positions, model.tokens.codes):
             table.weight.normal_()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=90, pct_start=0.1)
     losses = []
-    for _ in range(110):
+    for _ in range(90):
         loss = model(codes, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
     idle = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
     assert idle == [] and losses[0] > 8

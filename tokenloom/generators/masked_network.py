@@ -10,10 +10,13 @@ Legend: B samples, N positions, C channels, P prefix rows, R = P + N rows, D enc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenloom.errors import TokenloomError
 from tokenloom.generators.orders import Order
 from tokenloom.generators.transformer import Transformer, TransformerConfig
 from tokenloom.layers import make_norm
@@ -82,6 +85,10 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_places = nn.Parameter(torch.randn(stages, prefix + size, out) * 0.02)
         self.places = nn.Parameter(torch.randn(size, out) * 0.02)
         if stages > 1:
+            if any(side.modulation or side.final_modulation for side in (encoder, decoder)):
+                raise TokenloomError(
+                    "An order of several steps modulates its blocks by the step; leave modulation and final_modulation out."
+                )
             self.contexts = nn.ModuleList(nn.Linear(out, width) for _ in range(stages - 1))
             early = size - int((order.step == stages - 1).sum())
             self.absent = nn.Parameter(torch.randn(early, channels) * 0.02)
@@ -103,21 +110,30 @@ class MaskedAutoencoder(nn.Module):
             rows[:, own] = tokens.to(rows.dtype)
         return rows
 
-    def _encode(self, x: Tensor, hidden: Tensor, stage: int, dense: bool) -> Tensor:
+    def _told(self, side: Transformer, prefix: Tensor, stage: int) -> dict[str, Any]:
+        """What modulates the blocks of a side: the step, where there are several, else (adaLN) the condition."""
+        if self.stages > 1:
+            stages = self.encoder_stages if side is self.encoder else self.decoder_stages
+            return {"modulations": stages(stage)}
+        settings = side.config
+        adaptive = settings.modulation or settings.final_modulation
+        return {"condition": prefix.mean(1, keepdim=True) if adaptive else None}
+
+    def _encode(self, x: Tensor, hidden: Tensor, prefix: Tensor, stage: int, dense: bool) -> Tensor:
         """The encoder over rows (B, R, D) that are not hidden; other rows come back with no meaning.
 
         `dense` runs all rows and hides keys by a mask; otherwise hidden rows are left out, which costs less and gives the
         same: samples with fewer rows than others are padded.
         """
-        modulations = self.encoder_stages(stage) if self.stages > 1 else None
+        told = self._told(self.encoder, prefix, stage)
         if dense:
-            return self.encoder(x, mask=~hidden[:, None, None], modulations=modulations)[0]
+            return self.encoder(x, mask=~hidden[:, None, None], **told)[0]
         count = int((~hidden).sum(1).max())
         index = hidden.long().argsort(dim=1, stable=True)[:, :count]
         padding = hidden.gather(1, index)
         index = index[..., None].expand(-1, -1, x.shape[-1])
         mask = ~padding[:, None, None] if bool(padding.any()) else None
-        shown = self.encoder(x.gather(1, index), mask=mask, modulations=modulations)[0]
+        shown = self.encoder(x.gather(1, index), mask=mask, **told)[0]
         return torch.zeros_like(x).scatter(1, index, shown.to(x.dtype))
 
     def forward(
@@ -145,8 +161,8 @@ class MaskedAutoencoder(nn.Module):
         """
         x = torch.cat((prefix, self._tokens(latents, stage, context)), dim=1) + self.encoder_places[stage]
         covered = F.pad(hidden, (self.prefix, 0))
-        seen = self.bridge(self._encode(self.norm(x), covered, stage, dense))
+        seen = self.bridge(self._encode(self.norm(x), covered, prefix, stage, dense))
         mask = F.pad(self.mask[stage].expand(hidden.shape[1], -1), (0, 0, self.prefix, 0))
         x = torch.where(covered[..., None], mask, seen) + self.decoder_places[stage]
-        modulations = self.decoder_stages(stage) if self.stages > 1 else None
-        return self.decoder(x, modulations=modulations)[0][:, self.prefix :] + self.places
+        out = self.decoder(x, **self._told(self.decoder, prefix, stage))[0]
+        return out[:, self.prefix :] + self.places
