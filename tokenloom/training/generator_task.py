@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from tokenloom.data.prompts import caption
 from tokenloom.errors import TokenloomError, unknown_name
-from tokenloom.generators import NextBlockGenerator, NextNeighborGenerator, NextTokenGenerator, orders
+from tokenloom.generators import (
+    MaskedGenerator,
+    NextBlockGenerator,
+    NextNeighborGenerator,
+    NextTokenGenerator,
+    orders,
+)
 from tokenloom.generators.base import Generator
 from tokenloom.media import save_image, sheet
 from tokenloom.pipelines.text_to_image import TextToImagePipeline
@@ -27,11 +33,17 @@ from tokenloom.training.data import open_folder, open_tokenizer, to_float
 from tokenloom.training.loop import Task
 
 GENERATORS: dict[str, type[Generator]] = {
+    "masked": MaskedGenerator,
     "next_token": NextTokenGenerator,
     "next_neighbor": NextNeighborGenerator,
     "next_block": NextBlockGenerator,
 }
-_DEFAULT_ORDERS = {"next_token": "raster", "next_neighbor": "neighbors", "next_block": "raster"}
+_DEFAULT_ORDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "masked": ("random", {"steps": 8, "seed": 0}),
+    "next_token": ("raster", {}),
+    "next_neighbor": ("neighbors", {}),
+    "next_block": ("raster", {}),
+}
 
 
 @torch.no_grad()
@@ -93,9 +105,11 @@ class GeneratorTask(Task):
             self.words = pipeline.text_tokenizer
             return pipeline.generator
         options = dict(config.model)
-        name = options.pop("order", _DEFAULT_ORDERS[config.generator])
+        name, order_options = _DEFAULT_ORDERS[config.generator]
+        if "order" in options:
+            name, order_options = options.pop("order"), {}
         kind = GENERATORS[config.generator]
-        order = orders.build(name, self.tokenizer.layout, **options.pop("order_options", {}))
+        order = orders.build(name, self.tokenizer.layout, **options.pop("order_options", order_options))
         fixed: dict[str, Any] = {
             "order_config": order.to_config(),
             "vocab_size": self.tokenizer.vocab_size,
