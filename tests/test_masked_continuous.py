@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from real_codes import real_codes, tokenizer
 from torch import Tensor
 
 from tokenloom import Layout, MaskedLatentGenerator, orders
@@ -327,6 +328,51 @@ def test_storage(tmp_path: Path) -> None:
         again = MaskedLatentGenerator.from_pretrained(tmp_path / name)
         assert again.rule == model.rule and again.order == model.order
         assert alike(again.generate(labels, seeds=1), model.generate(labels, seeds=1))
+
+
+def real_latents() -> Tensor:
+    """The code vectors of 16 crops of a photograph (16, 64, 4), scaled to a deviation above 1 as latents should be."""
+    return 4 * tokenizer().quantizer.decode(real_codes()).detach()
+
+
+def test_learns_real_sequences_by_heart() -> None:
+    """To less than 5 % of the first loss; without noise on the way, 97 % of the tokens are then nearest to their own."""
+    latents, labels = real_latents(), torch.arange(16)
+    torch.manual_seed(0)
+    model = MaskedLatentGenerator(
+        orders.blocks(tokenizer().layout, (8, 8)).to_config(),
+        latents.shape[-1],
+        SIDE | {"width": 64},
+        SIDE | {"width": 64, "modulation": "own", "final_modulation": True},
+        [ROWS | {"width": 64}],
+        {"kind": "class", "num_classes": 16},
+        rule_config={"label_drop": 0.0, "repeats": 2},
+    ).train()
+    network = model.network
+    with torch.no_grad():
+        for table in (
+            model.condition.table.weight,
+            network.encoder_places,
+            network.decoder_places,
+            network.places,
+        ):
+            table.normal_()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=180, pct_start=0.1)
+    losses = []
+    for _ in range(180):
+        loss = model(latents, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.05 * losses[0]
+    still = Denoising(1000, temperature=0.0)
+    made = model.eval().generate(labels, sampling=still, seeds=0, visits=2)
+    half = 4 * 0.25 / 2  # half the distance of neighbouring levels of the quantizer
+    assert ((made - latents).abs() < half).all(-1).float().mean() > 0.97
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Denoising": "tokenloom.generators.continuous",
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
@@ -24,6 +25,7 @@ _EXPORTS = {
     "MaskedLatentGenerator": "tokenloom.generators.masked_continuous",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
+    "NextCellGenerator": "tokenloom.generators.next_cell",
     "NextNeighborGenerator": "tokenloom.generators.next_neighbor",
     "NextScaleGenerator": "tokenloom.generators.next_scale",
     "NextTokenGenerator": "tokenloom.generators.next_token",
@@ -43,9 +45,11 @@ if TYPE_CHECKING:
     from tokenloom.errors import TokenloomError as TokenloomError
     from tokenloom.generators import orders as orders
     from tokenloom.generators.base import Generator as Generator
+    from tokenloom.generators.continuous import Denoising as Denoising
     from tokenloom.generators.masked import MaskedGenerator as MaskedGenerator
     from tokenloom.generators.masked_continuous import MaskedLatentGenerator as MaskedLatentGenerator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
+    from tokenloom.generators.next_cell import NextCellGenerator as NextCellGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
     from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
     from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
+    "Denoising",
     "Generator",
     "Guidance",
     "ImageCNNTokenizer",
@@ -69,6 +74,7 @@ __all__ = [
     "MaskedLatentGenerator",
     "ModelMixin",
     "NextBlockGenerator",
+    "NextCellGenerator",
     "NextNeighborGenerator",
     "NextScaleGenerator",
     "NextTokenGenerator",

@@ -29,6 +29,7 @@ _ADAPTERS: dict[str, str] = {
     "nbp": "nbp",
     "par": "par",
     "var": "var",
+    "xar": "xar",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 

@@ -61,8 +61,9 @@ class Rename:
         return value
 
     def _inner(self, value: Tensor) -> Tensor:
-        """An official tensor without its axes of length 1."""
-        return value.reshape(value.shape[self.leading : value.ndim - self.trailing])
+        """An official tensor without its axes of length 1; as it is where they are longer, for `load` to report."""
+        shape = value.shape[self.leading : value.ndim - self.trailing]
+        return value.reshape(shape) if shape.numel() == value.numel() else value
 
     def scatter(self, value: Tensor) -> dict[str, Tensor]:
         """The official tensors."""

@@ -14,8 +14,8 @@ from tokenloom.generators.sampling import Guidance
 
 _SCALES = ("cfg_scale", "cfg", "cfg_ratio")
 _OTHER = (
-    "ar_token_num diffloss_steps formula global_steps greedy num_iter num_sampling_steps sample_logits seed small_iters "
-    "spe_token_num steps temperature top_k top_p token_number_per_step"
+    "ar_token_num diffloss_steps formula global_steps greedy num_iter num_sampling_steps num_steps sample_logits sampler "
+    "seed small_iters spe_token_num steps temperature top_k top_p token_number_per_step"
 ).split()
 """Published settings that do not concern guidance; accepted, so that a whole preset can be passed on."""
 
@@ -134,6 +134,13 @@ def _grids(*names: str) -> Callable[[str, Mapping[str, Any]], Guidance]:
     return rule
 
 
+def _cells(family: str, settings: Mapping[str, Any]) -> Guidance:
+    """u + s (c - u) with s = 1 + (scale - 1) k / (S - 1) at cell k; below 1 means no guidance."""
+    scale = _scale(family, settings)
+    number = 1.0 if scale is None else max(1.0, _number(family, scale))
+    return Guidance(number, "linear", 1.0)
+
+
 _RULES: dict[str, Callable[[str, Mapping[str, Any]], Guidance]] = {
     "dar": _ramp,
     "himar": _grids("re_cfg", "cfg"),
@@ -145,6 +152,7 @@ _RULES: dict[str, Callable[[str, Mapping[str, Any]], Guidance]] = {
     "nbp": _on_top,
     "par": _above_one("steps", opening=True),
     "var": _scales,
+    "xar": _cells,
 }
 
 

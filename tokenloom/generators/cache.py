@@ -20,16 +20,19 @@ class CacheLayer:
         self.cache, self.keys, self.values = cache, keys, values
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (B, h, n, d) behind the committed rows and returns all rows up to them, without a copy."""
-        start = self.cache.length
+        """Writes (b, h, n, d) behind the committed rows and returns all rows up to them, without a copy.
+
+        b may be less than B: the first samples alone, for calls that commit nothing.
+        """
+        start, batch = self.cache.length, keys.shape[0]
         stop = start + keys.shape[2]
         if stop > self.keys.shape[2]:
             raise TokenloomError(
                 f"The cache holds {self.keys.shape[2]} rows, but row {stop} was written; make it larger."
             )
-        self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = values
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        self.keys[:batch, :, start:stop] = keys
+        self.values[:batch, :, start:stop] = values
+        return self.keys[:batch, :, :stop], self.values[:batch, :, :stop]
 
 
 class Cache:

@@ -218,8 +218,15 @@ class ContinuousGenerator(ModelMixin, ConfigMixin):
             return self._prefix(None, batch)
         return self._prefix(self.condition.null_like(condition, self.device), batch)
 
-    def _training_prefix(self, condition: Given | None, batch: int, drop: float) -> Tensor:
-        """Prefix rows (B, P, D); in training mode the condition of a share `drop` of the samples is the null one."""
+    def _taught_prefix(self, condition: Given | None, batch: int, drop: float = 0.0) -> Tensor:
+        """Prefix rows (B, P, D) for teacher forcing; in training mode a share `drop` of the conditions is the null one."""
+        if condition is not None:
+            self.condition.check(condition)
+            if condition.shape[0] != batch:
+                raise TokenloomError(
+                    f"The condition holds {condition.shape[0]} samples, but there are latents of {batch}; give one a "
+                    "sample."
+                )
         prefix = self._prefix(condition, batch)
         if not self.training or drop == 0 or condition is None:
             return prefix

@@ -159,6 +159,10 @@ class MaskedLatentGenerator(ContinuousGenerator):
         prefix = self._rows(self._prefix(condition, len(latents)))
         return self.network(latents.to(self.dtype), prefix, hidden, step, context)
 
+    def logits(self, latents: Tensor, condition: Given | None = None, masked: Tensor | None = None) -> Tensor:
+        """`features(latents, condition, masked)`: what stands in for logits where tokens are continuous."""
+        return self.features(latents, condition, masked)
+
     def _hidden(self, masked: Tensor | None, latents: Tensor, step: int) -> Tensor:
         size = self.order.layout.size
         if masked is None:

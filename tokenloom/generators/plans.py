@@ -389,22 +389,51 @@ def scale_plan(
         raise TokenloomError(f"Next-scale prediction needs the order 'scales', got {order}.")
     if window < 0 or (window and window % 2 == 0):
         raise TokenloomError(f"A window has an odd side, or 0 for none, got {window}.")
-    size, scale = order.layout.size, order.step
+    scale = order.step
     seen = scale[None, :] == scale[:, None] if own_scale else scale[None, :] <= scale[:, None]
     if window:
         other = (scale[None, :] != scale[:, None]) | (scale < window_from)[:, None]
         seen &= other | _neighbourhood(order, window)
+    kept = (prefix, *[0] * (order.num_steps - 1)) if own_scale else None
+    return _place_plan(order, prefix, causal_prefix, seen, kept)
+
+
+@lru_cache(maxsize=64)
+def cell_plan(order: Order, prefix: int, causal_prefix: bool = False) -> RowPlan:
+    """Next cell (xAR): one row at each position of any order, in decode order, and each row predicts its own place.
+
+    Rows see the prefix, all earlier steps and each other. What stands in them changes while their step is made (noise
+    becomes data), so a step runs its rows many times and commits them once.
+
+    Args:
+        order: Any order; a step is a cell.
+        prefix: Number of prefix rows P, which may be 0.
+        causal_prefix: Whether prefix rows see only earlier prefix rows.
+    """
+    step = order.step[order.permutation]
+    return _place_plan(order, prefix, causal_prefix, step[None, :] <= step[:, None])
+
+
+def _place_plan(
+    order: Order, prefix: int, causal_prefix: bool, seen: Tensor, committed: tuple[int, ...] | None = None
+) -> RowPlan:
+    """A plan of prefix rows and one row a position, in decode order, that predicts its own place.
+
+    `seen` (N, N) says which rows of positions see each other; they all see the prefix.
+    """
+    size = order.layout.size
     mask = torch.zeros(prefix + size, prefix + size, dtype=torch.bool)
     mask[:, :prefix] = True
     mask[prefix:, prefix:] = seen
     if causal_prefix:
         mask[:prefix, :prefix] = mask[:prefix, :prefix].tril()
+    first = torch.zeros(prefix, dtype=torch.long)
     return _plan(
         order,
-        torch.cat((torch.zeros(prefix, dtype=torch.long), scale)),
-        committed=(prefix, *[0] * (order.num_steps - 1)) if own_scale else None,
+        torch.cat((first, order.step[order.permutation])),
+        committed=committed,
         mask=mask,
-        position=torch.cat((torch.full((prefix,), -1), torch.arange(size))),
+        position=torch.cat((first - 1, order.permutation)),
         sources=(prefix + torch.arange(size))[None],
     )
 

@@ -28,6 +28,7 @@ class TransformerConfig(BlockConfig):
         depth: Number of blocks.
         taps: Depths whose hidden states are returned, each through its own final norm; empty means (depth,).
         final_norm: Whether tapped states pass a norm (with weights unless `final_modulation`).
+        final_norm_affine: Whether the final norm has weights; `None` means as `norm_affine`.
         final_modulation: Whether the final norm is modulated by the condition (adaLN before the head, as VAR).
         rope: Whether queries and keys are rotated.
         rope_base: Base of the rotary frequencies.
@@ -38,6 +39,7 @@ class TransformerConfig(BlockConfig):
     depth: int
     taps: tuple[int, ...] = ()
     final_norm: bool = True
+    final_norm_affine: bool | None = None
     final_modulation: bool = False
     rope: bool = True
     rope_base: float = 10000.0
@@ -76,7 +78,8 @@ class Transformer(nn.Module):
         self.config = config
         width = config.width
         self.blocks = nn.ModuleList(Block(config, config.context_width) for _ in range(config.depth))
-        affine = config.norm_affine and not config.final_modulation
+        affine = config.norm_affine if config.final_norm_affine is None else config.final_norm_affine
+        affine = affine and not config.final_modulation
         self.norms = nn.ModuleList(
             make_norm(config.norm, width, config.norm_eps, affine) if config.final_norm else nn.Identity()
             for _ in config.taps

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tokenloom.generators.base import Generator
+from tokenloom.generators.decoding.rows import RowModel
 
 
 class ReferenceStepper:
     """Runs all rows committed so far and the rows of this step under the plan's mask."""
 
-    def __init__(self, generator: Generator, prefix: Tensor, visible: Tensor | None = None) -> None:
+    def __init__(self, generator: RowModel, prefix: Tensor, visible: Tensor | None = None) -> None:
         self.generator, self.plan, self.visible = generator, generator.plan, visible
         self.condition = generator.pooled_condition(prefix)
         self.inputs: list[Tensor] = []
+        self.conditions: list[Tensor] = []  # of the committed rows, where a condition comes with every call
         self.rows: list[Tensor] = []
 
-    def __call__(self, x: Tensor, step: int) -> tuple[Tensor, ...]:
+    def __call__(
+        self, x: Tensor, step: int, *, condition: Tensor | None = None, commit: bool = True
+    ) -> tuple[Tensor, ...]:
         """Hidden states (B, n, D) of the rows fed at `step`."""
-        feed, kept = self.plan.feeds[step], self.plan.committed[step]
+        feed, kept, batch = self.plan.feeds[step], self.plan.committed[step], len(x)
         rows = torch.cat([*self.rows, feed])
-        mask = self.plan.mask_for(self.visible, rows, len(rows), self.plan.mask[rows][:, rows])
-        inputs = torch.cat([*self.inputs, x], dim=1)
-        taps = self.generator.run_rows(inputs, rows, mask=mask, condition=self.condition)
-        self.rows.append(feed[:kept])
-        self.inputs.append(x[:, :kept])
+        visible = None if self.visible is None else self.visible[:batch]
+        mask = self.plan.mask_for(visible, rows, len(rows), self.plan.mask[rows][:, rows])
+        inputs = torch.cat([*(part[:batch] for part in self.inputs), x], dim=1)
+        every = self.condition
+        if condition is not None:
+            condition = condition.expand(-1, len(feed), -1)
+            every = torch.cat([*(part[:batch] for part in self.conditions), condition], dim=1)
+        taps = self.generator.run_rows(inputs, rows, mask=mask, condition=every)
+        if commit:
+            self.rows.append(feed[:kept])
+            self.inputs.append(x[:, :kept])
+            if condition is not None:
+                self.conditions.append(condition[:, :kept])
         return tuple(tap[:, -len(feed) :] for tap in taps)
