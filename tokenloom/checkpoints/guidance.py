@@ -126,7 +126,7 @@ def _grids(*names: str) -> Callable[[str, Mapping[str, Any]], Guidance]:
         if schedule not in ("linear", "constant"):
             raise unknown_name(f"guidance schedule of {family!r}", schedule, ("linear", "constant"))
         if len(scales) == 1:
-            return Guidance(scales[0], schedule)
+            return Guidance(scales[0], "linear" if schedule == "linear" else "constant")
         if set(scales) == {1.0}:
             return Guidance()
         return Guidance(schedule=GridScales(scales, schedule == "linear"))

@@ -156,7 +156,7 @@ class MaskedLatentGenerator(ContinuousGenerator):
         """
         self.check_latents(latents)
         hidden = self._hidden(masked, latents, step)
-        prefix = self._rows(self._prefix(condition, len(latents)))
+        prefix = self._rows(self._taught_prefix(condition, len(latents)))
         return self.network(latents.to(self.dtype), prefix, hidden, step, context)
 
     def logits(self, latents: Tensor, condition: Given | None = None, masked: Tensor | None = None) -> Tensor:
@@ -199,7 +199,7 @@ class MaskedLatentGenerator(ContinuousGenerator):
                 else self._hidden(masked, latents, step)[:, places]
             )
             hidden[:, places] = own
-            prefix = self._rows(self._training_prefix(condition, batch, rule.label_drop))
+            prefix = self._rows(self._taught_prefix(condition, batch, rule.label_drop))
             z = self.network(latents.to(self.dtype), prefix, hidden, step, self._told(context))
             part = self._head_loss(head, latents[:, places], z[:, places], own)
             total = total + rule.loss_weights[step] * part
