@@ -30,6 +30,7 @@ _EXPORTS = {
     "Layout": "tokenloom.layouts",
     "MaskTokenizer": "tokenloom.tokenizers.mask",
     "MaskedGenerator": "tokenloom.generators.masked",
+    "MaskedLatentGenerator": "tokenloom.generators.masked_continuous",
     "MimoAudioTokenizer": "tokenloom.tokenizers.audio_mimo",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from tokenloom.generators.block_diffusion import BlockDiffusionGenerator as BlockDiffusionGenerator
     from tokenloom.generators.continuous import Denoising as Denoising
     from tokenloom.generators.masked import MaskedGenerator as MaskedGenerator
+    from tokenloom.generators.masked_continuous import MaskedLatentGenerator as MaskedLatentGenerator
     from tokenloom.generators.next_block import NextBlockGenerator as NextBlockGenerator
     from tokenloom.generators.next_cell import NextCellGenerator as NextCellGenerator
     from tokenloom.generators.next_neighbor import NextNeighborGenerator as NextNeighborGenerator
@@ -99,6 +101,7 @@ __all__ = [
     "Layout",
     "MaskTokenizer",
     "MaskedGenerator",
+    "MaskedLatentGenerator",
     "MimoAudioTokenizer",
     "ModelMixin",
     "NextBlockGenerator",

@@ -28,48 +28,55 @@ class Rename:
 
     Attributes:
         ours: Name in our state dict.
-        official: Official names; several are stacked along axis 0, in equal parts.
+        official: Official names; several are stacked along axis 0.
         leading: How many axes of length 1 stand before the official tensor and not before ours.
-        trailing: How many axes of length 1 stand after the official tensor and not after ours (1x1 convolutions).
-        parts: Our tensor is the official one cut along axis 0 into equal parts, which come in this order.
+        trailing: How many axes of length 1 stand behind the official tensor and not behind ours (1x1 convolutions).
+        sizes: Lengths of the stacked parts; empty means equal parts.
+        blocks: Our i-th equal block along axis 0 is the official block `blocks[i]`; empty means the same.
+        folded: Length of our first axis, which the official tensor counts on along the second; 0 for none.
     """
 
     ours: str
     official: tuple[str, ...]
     leading: int = 0
     trailing: int = 0
-    parts: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+    folded: int = 0
 
     @classmethod
-    def of(
-        cls, ours: str, *official: str, leading: int = 0, trailing: int = 0, parts: Sequence[int] = ()
-    ) -> Rename:
+    def of(cls, ours: str, *official: str, **options: Any) -> Rename:
         """A rename of one or several official tensors."""
-        return cls(ours, official, leading, trailing, tuple(parts))
+        return cls(ours, official, **options)
 
     def gather(self, state: Mapping[str, Tensor]) -> Tensor:
         """Our tensor."""
-        parts = [self._squeeze(state[name]) for name in self.official]
-        if self.parts:
-            chunks = parts[0].chunk(len(self.parts))
-            parts = [chunks[index] for index in self.parts]
-        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+        parts = [self._inner(state[name]) for name in self.official]
+        value = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+        if self.blocks and len(value) % len(self.blocks) == 0:
+            pieces = value.chunk(len(self.blocks))
+            value = torch.cat([pieces[index] for index in self.blocks])
+        if self.folded and len(value) % self.folded == 0:
+            value = value.unflatten(0, (self.folded, -1))
+        return value
 
-    def _squeeze(self, value: Tensor) -> Tensor:
-        kept = value.shape[self.leading : value.ndim - self.trailing]
-        return value.reshape(kept) if kept.numel() == value.numel() else value  # `load` names a wrong shape
+    def _inner(self, value: Tensor) -> Tensor:
+        """An official tensor without its axes of length 1; as it is where they are longer, for `load` to report."""
+        shape = value.shape[self.leading : value.ndim - self.trailing]
+        return value.reshape(shape) if shape.numel() == value.numel() else value
 
     def scatter(self, value: Tensor) -> dict[str, Tensor]:
         """The official tensors."""
         value = value.detach()
-        if self.parts:
-            chunks = value.chunk(len(self.parts))
-            value = torch.cat([chunks[self.parts.index(index)] for index in range(len(chunks))])
-        parts = value.chunk(len(self.official)) if len(self.official) > 1 else (value,)
-        shapes = [(1,) * self.leading + tuple(part.shape) + (1,) * self.trailing for part in parts]
+        value = value.flatten(0, 1) if self.folded else value
+        if self.blocks:
+            pieces = value.chunk(len(self.blocks))
+            value = torch.cat([pieces[self.blocks.index(index)] for index in range(len(pieces))])
+        parts = value.split(self.sizes) if self.sizes else value.chunk(len(self.official))
+        ones = (1,) * self.leading, (1,) * self.trailing
         return {
-            name: part.reshape(shape).clone()
-            for name, part, shape in zip(self.official, parts, shapes, strict=True)
+            name: part.reshape(ones[0] + tuple(part.shape) + ones[1]).clone()
+            for name, part in zip(self.official, parts, strict=True)
         }
 
 

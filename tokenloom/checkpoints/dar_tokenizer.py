@@ -76,7 +76,7 @@ def _painter(module: ImageStepTokenizer) -> list[Rename]:
             *_mlp(f"{ours}.block", theirs),
             *_pairs(f"{ours}.condition.0", f"{theirs}.cond_embed.0"),
             *_pairs(f"{ours}.condition.2", f"{theirs}.cond_embed.2"),
-            *_pairs(f"{ours}.block.modulation", f"{theirs}.adaLN_modulation.1", parts=_GATES_SCALES_SHIFTS),
+            *_pairs(f"{ours}.block.modulation", f"{theirs}.adaLN_modulation.1", blocks=_GATES_SCALES_SHIFTS),
         ]
         if not shape.shared_time:
             renames += _time(f"{ours}.time", f"{theirs}.time_embed")

@@ -82,7 +82,7 @@ def _renames(module: ImageFlexTokenizer) -> list[Rename]:
     ]
     for index in range(decoder.depth):
         theirs = f"{_DECODER}transformer.blocks.{index}.adaLN_modulation.1"
-        renames += _pairs(f"decoder.modulations.{index}", theirs, parts=parts)
+        renames += _pairs(f"decoder.modulations.{index}", theirs, blocks=parts)
     if decoder.positions:
         renames.append(
             Rename.of("decoder.positions", f"{_DECODER}registers_posemb_module.posembs", leading=2)

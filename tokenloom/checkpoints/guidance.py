@@ -6,6 +6,7 @@ Every family counts its scale and its interval in its own way; each rule below s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tokenloom.errors import TokenloomError, unknown_name
@@ -13,8 +14,8 @@ from tokenloom.generators.sampling import Guidance
 
 _SCALES = ("cfg_scale", "cfg", "cfg_ratio")
 _OTHER = (
-    "ar_token_num cfg_schedule formula greedy num_steps sample_logits sampler seed spe_token_num steps temperature top_k "
-    "top_p token_number_per_step"
+    "ar_token_num diffloss_steps formula global_steps greedy num_iter num_sampling_steps num_steps sample_logits sampler "
+    "seed small_iters spe_token_num steps temperature top_k top_p token_number_per_step"
 ).split()
 """Published settings that do not concern guidance; accepted, so that a whole preset can be passed on."""
 
@@ -95,6 +96,44 @@ def _scales_or_off(family: str, settings: Mapping[str, Any]) -> Guidance:
     return Guidance() if _scale(family, settings) == 1 else _scales(family, settings)
 
 
+@dataclass(frozen=True)
+class GridScales:
+    """A guidance function for generators that make one grid after the other: a line for each, or a constant.
+
+    Attributes:
+        scales: The scale that a grid ends with.
+        linear: Whether it starts from 1.
+    """
+
+    scales: tuple[float, ...]
+    linear: bool = True
+
+    def __call__(self, progress: float) -> float:
+        """The scale at a progress in [0, 1], of which every grid takes the same share."""
+        place = progress * len(self.scales)
+        grid = min(int(place), len(self.scales) - 1)
+        scale = self.scales[grid]
+        return 1 + (scale - 1) * (place - grid) if self.linear else scale
+
+
+def _grids(*names: str) -> Callable[[str, Mapping[str, Any]], Guidance]:
+    """A scale for each grid under its own name, linear in the share of its tokens that are made, or constant."""
+
+    def rule(family: str, settings: Mapping[str, Any]) -> Guidance:
+        given = [_scale(family, settings) if name == "cfg" else settings.get(name) for name in names]
+        scales = tuple(1.0 if scale is None else _number(family, scale) for scale in given)
+        schedule = settings.get("cfg_schedule") or "linear"
+        if schedule not in ("linear", "constant"):
+            raise unknown_name(f"guidance schedule of {family!r}", schedule, ("linear", "constant"))
+        if len(scales) == 1:
+            return Guidance(scales[0], "linear" if schedule == "linear" else "constant")
+        if set(scales) == {1.0}:
+            return Guidance()
+        return Guidance(schedule=GridScales(scales, schedule == "linear"))
+
+    return rule
+
+
 def _cells(family: str, settings: Mapping[str, Any]) -> Guidance:
     """u + s (c - u) with s = 1 + (scale - 1) k / (S - 1) at cell k; below 1 means no guidance."""
     scale = _scale(family, settings)
@@ -104,7 +143,9 @@ def _cells(family: str, settings: Mapping[str, Any]) -> Guidance:
 
 _RULES: dict[str, Callable[[str, Mapping[str, Any]], Guidance]] = {
     "dar": _ramp,
+    "himar": _grids("re_cfg", "cfg"),
     "llamagen": _above_one("steps"),
+    "mar": _grids("cfg"),
     "mvar": _scales_or_off,
     "nar": _above_one("tokens"),
     "nar_video": _above_one("tokens"),
@@ -126,7 +167,8 @@ def official_guidance(family: str, **settings: Any) -> Guidance:
     Args:
         family: A family of `tokenloom.checkpoints.families()` that has guidance.
         **settings: Published settings: `cfg_scale` (also `cfg`, `cfg_ratio`), `cfg_interval`,
-            `scale_cfg`; "a,b" is a ramp. Sampling settings are accepted and ignored.
+            `scale_cfg`, `cfg_schedule` ("linear" or "constant"), `re_cfg` (the small grid of Hi-MAR); "a,b" is a ramp.
+            Sampling settings are accepted and ignored.
 
     Raises:
         TokenloomError: For an unknown family or setting, or a value that is no number.
@@ -137,7 +179,7 @@ def official_guidance(family: str, **settings: Any) -> Guidance:
     """
     if family not in _RULES:
         raise unknown_name("family with published guidance", family, _RULES)
-    known = (*_SCALES, "cfg_interval", "scale_cfg", *_OTHER)
+    known = (*_SCALES, "cfg_interval", "cfg_schedule", "re_cfg", "scale_cfg", *_OTHER)
     for name in settings:
         if name not in known:
             raise unknown_name(f"guidance setting of {family!r}", name, known)

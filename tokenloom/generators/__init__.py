@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Generator": "base",
         "Guidance": "sampling",
         "MaskedGenerator": "masked",
+        "MaskedLatentGenerator": "masked_continuous",
         "NextBlockGenerator": "next_block",
         "LatentStep": "continuous",
         "NextCellGenerator": "next_cell",

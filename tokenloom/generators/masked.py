@@ -170,22 +170,20 @@ class MaskedGenerator(Generator):
 
     # ---- teacher forcing --------------------------------------------------------------------------------------------
 
-    def _hidden_logits(self, codes: Tensor, hidden: Tensor, prefix: Tensor, visible: Tensor | None) -> Tensor:
-        """Logits (B, N, V) of codes of which `hidden` (B, N) are not seen."""
+    def _states(self, codes: Tensor, hidden: Tensor, prefix: Tensor, visible: Tensor | None) -> Tensor:
+        """Last states (1, B, N, D) of codes of which `hidden` (B, N) are not seen."""
         plan, rows = self.plan, torch.arange(self.plan.rows)
         x = self._inputs(codes.masked_fill(hidden, -1), prefix)
         mask = plan.mask_for(visible, rows, plan.rows, plan.steps[0].mask)
-        taps = self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix))
-        return self._all_positions(taps)
+        return self._in_layout(self.run_rows(x, rows, mask=mask, condition=self.pooled_condition(prefix)))
 
-    def _all_positions(
-        self, taps: tuple[Tensor, ...], scale: float = 1.0, batch: int | None = None
-    ) -> Tensor:
-        """Logits (B, N, V) in layout order; of 2B rows where there is a null half, mixed with the guidance scale."""
-        plan, inverse = self.plan, self.order.inverse
-        hidden = self._collect(taps, plan.sources[:, inverse], plan.weights)
-        hidden = hidden if batch is None else self._guide(hidden, scale, batch)
-        return self._head(hidden, plan.weights, self._table())
+    def _in_layout(self, taps: tuple[Tensor, ...]) -> Tensor:
+        """States (1, B, N, D) of all positions, whatever the sequence of the order."""
+        return self._collect(taps, self.plan.sources[:, self.order.inverse], self.plan.weights)
+
+    def _read(self, states: Tensor) -> Tensor:
+        """Logits (B, m, V) of states (1, B, m, D)."""
+        return self._head(states, torch.ones(1, states.shape[2]), self._table())
 
     def logits(self, codes: Tensor, condition: Given | None = None, masked: Tensor | None = None) -> Tensor:
         """Teacher-forced logits.
@@ -208,13 +206,13 @@ class MaskedGenerator(Generator):
         condition = self.condition.null(batch, device) if condition is None else condition
         prefix, visible = self._prefix(condition, batch, device), self.condition.visible(condition)
         if masked is not None:
-            return self._hidden_logits(codes, self._check_masked(masked, codes), prefix, visible)
+            return self._read(self._states(codes, self._check_masked(masked, codes), prefix, visible))
         step = self.order.step.to(device)
         parts = torch.zeros(batch, len(step), self.vocab_size, dtype=prefix.dtype, device=device)
         for index in range(self.order.num_steps):
             hidden = (step >= index).expand(batch, -1)
             at = (step == index)[:, None]
-            parts = torch.where(at, self._hidden_logits(codes, hidden, prefix, visible), parts)
+            parts = torch.where(at, self._read(self._states(codes, hidden, prefix, visible)), parts)
         return parts
 
     def _check_masked(self, masked: Tensor, codes: Tensor) -> Tensor:
@@ -260,8 +258,8 @@ class MaskedGenerator(Generator):
         if self.training and self.rule.label_drop and null is not None:
             drop = torch.rand(batch, 1, 1, device=device, generator=generator) < self.rule.label_drop
             prefix = torch.where(drop, self._prefix(null, batch, device), prefix)
-        logits = self._hidden_logits(codes, hidden, prefix, visible)
-        return F.cross_entropy(logits[hidden].float(), codes[hidden])
+        states = self._states(codes, hidden, prefix, visible)[:, hidden]  # the head runs on hidden rows alone
+        return F.cross_entropy(self._read(states[:, None])[0].float(), codes[hidden])
 
     def forward(
         self,
@@ -287,7 +285,7 @@ class MaskedGenerator(Generator):
             progress = index / max(1, order.num_steps - 1)
             x = self._inputs(run.both(codes.masked_fill(hidden, -1)), run.prefix)
             scale = run.guidance.at(progress, step=index, made=part.start, count=part.stop - part.start)
-            logits = self._all_positions(run.stepper(x, index), scale, run.batch)
+            logits = self._read(self._guide(self._in_layout(run.stepper(x, index)), scale, run.batch))
             sampling, counter = run.sampling.at(progress), places + size * index
             ids = self._sample(logits, run.seeds, counter, sampling, index)
             score = self._score(logits, ids, run.seeds, counter, sampling, index)
