@@ -214,8 +214,9 @@ def test_next_scale_takes_the_pyramid_of_the_tokenizer():
     torch.testing.assert_close(generator.features(codes), tokenizer.quantizer.pyramid.decode(codes))
     generator.loss(codes, torch.tensor([[1, 2, 0], [3, 0, 0]])).backward()
     tokenizer.quantizer.pyramid.up = "bilinear"
+    assert build_generator("next_scale", tokenizer, words, options).tokens.pyramid.up == "bilinear"
     with pytest.raises(TokenloomError, match="enlarges them by 'bilinear'"):
-        build_generator("next_scale", tokenizer, words, options)
+        generator.take_pyramid(tokenizer.quantizer.pyramid, tokenizer.quantizer.pyramid.codes.weight)
 
 
 @pytest.mark.parametrize(
