@@ -284,7 +284,7 @@ def test_latents_are_told_from_pictures():
         ({"sampling": {"step": 3}}, "Unknown sampling option 'step'"),
         ({"sampling": {"steps": 0}}, "steps must be a whole number"),
         (
-            {"quantizer_type": "residual_fsq", "quantizer_options": {"levels": [4, 4], "codebooks": 2}},
+            {"quantizer_type": "residual_fsq", "quantizer_options": {"levels": [4, 4], "quantizers": 2}},
             "one code",
         ),
         ({"vae_config": {"latent": 4}}, "Unknown option of the autoencoder 'latent'"),

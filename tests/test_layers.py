@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError
-from tokenloom.layers import MLP, Attention, Block, BlockConfig, apply_rope, make_norm, rope_table
+from tokenloom.layers import (
+    MLP,
+    Attention,
+    Block,
+    BlockConfig,
+    TimeEmbedding,
+    apply_rope,
+    make_norm,
+    rope_table,
+)
 
 B, N, D, H = 2, 5, 16, 4
 State = dict[str, Tensor]
@@ -369,6 +378,41 @@ def test_block_with_context(modulated: bool) -> None:
     assert torch.equal(got, block(tokens(), context=changed, context_mask=mask, modulation=modulation))
 
 
+def test_layer_scale_multiplies_both_branches() -> None:
+    block, plain = Block(config(layer_scale=0.1)), Block(config())
+    state = randomize(block)
+    plain.load_state_dict({name: value for name, value in state.items() if "scale" not in name})
+    x = tokens()
+    middle = x + state["scale1"] * plain.attention(plain.norm1(x))
+    close(block(x), middle + state["scale2"] * plain.mlp(plain.norm2(middle)))
+    assert torch.equal(Block(config(layer_scale=0.1)).scale2, torch.full((D,), 0.1))
+
+
+def test_rope_turns_queries_over_a_context_and_nothing_else() -> None:
+    attention = Attention(config(), context_width=10)
+    randomize(attention)
+    coords, context = torch.arange(N)[:, None], tokens(7, seed=4, width=10)
+    rope = rope_table(coords, D // H)
+    got = attention(tokens(), context=context, rope=rope)
+    query, key, value = attention._project(tokens(), context)
+    mixed = torch.nn.functional.scaled_dot_product_attention(apply_rope(query, rope), key, value)
+    close(got, attention.out(mixed.transpose(1, 2).flatten(2)))
+    assert (got - attention(tokens(), context=context)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("frequencies", [8, 9])
+def test_time_embedding_formula(frequencies: int) -> None:
+    embedding = TimeEmbedding(D, frequencies, period=256.0, scale=1000.0)
+    randomize(embedding)
+    times = torch.tensor([[0.0, 0.3], [0.55, 1.0]])
+    waves = torch.zeros(2, 2, frequencies)
+    for index in range(4):
+        angles = 1000 * 256 ** (-index / 4) * times
+        waves[..., index], waves[..., index + 4] = angles.cos(), angles.sin()
+    hidden = torch.nn.functional.silu(embedding.up(waves))
+    close(embedding(times), embedding.down(hidden), 1e-3)
+
+
 def test_dropout_only_in_training() -> None:
     block, plain = Block(config(dropout=0.5)), Block(config())
     state = randomize(block)
@@ -395,3 +439,10 @@ def test_dropout_only_in_training() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TokenloomError, match=message):
         config(**options)
+
+
+def test_rotary_pairs_of_halves_are_those_of_neighbours_in_another_order():
+    torch.manual_seed(0)
+    x, rope = torch.randn(2, 3, 5, 8), rope_table(torch.arange(5)[:, None], 8)
+    order = torch.arange(8).view(4, 2).T.flatten()  # neighbours to halves
+    torch.testing.assert_close(apply_rope(x[..., order], rope, halves=True), apply_rope(x, rope)[..., order])

@@ -63,7 +63,7 @@ def _modulation_parts(sets: int) -> tuple[int, ...]:
 
 
 def _renames(module: ImageFlexTokenizer) -> list[Rename]:
-    encoder, decoder = module.encoder.config, module.decoder.config
+    encoder, decoder = module.encoder.config, module.decoder.shape
     parts = _modulation_parts(decoder.modulations)
     renames = [
         *_pairs("encoder.patches", f"{_ENCODER}patch_emb.patch_proj"),

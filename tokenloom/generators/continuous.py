@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators.arguments import diagnose
 from tokenloom.generators.conditions import Condition, Given, describe
 from tokenloom.generators.orders import Order
 from tokenloom.generators.sampling import Sampling
+from tokenloom.layers import TimeEmbedding as TimeEmbedding
 from tokenloom.rng import normal
 
 
@@ -93,32 +93,6 @@ class Denoising:
         """Raises unless `solver` is one of these."""
         if self.solver not in solvers:
             raise unknown_name("solver", self.solver, solvers)
-
-
-class TimeEmbedding(nn.Module):
-    """Times to vectors (..., D): sinusoids, cosines first, then a two-layer perceptron (GLIDE, ADM, DiT).
-
-    Args:
-        width: Width D.
-        frequencies: Number of sinusoids, even.
-    """
-
-    def __init__(self, width: int, frequencies: int = 256) -> None:
-        super().__init__()
-        self.frequencies = frequencies
-        self.up = nn.Linear(frequencies, width)
-        self.down = nn.Linear(width, width)
-        for layer in (self.up, self.down):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, times: Tensor) -> Tensor:
-        """Embeds times (...), which count training steps: 0 to 1000."""
-        waves = get_timestep_embedding(
-            times.flatten(), self.frequencies, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
-        hidden = self.up(waves.to(self.up.weight.dtype).unflatten(0, times.shape))
-        return self.down(nn.functional.silu(hidden))
 
 
 class LatentNoise:

@@ -27,7 +27,6 @@ from tokenloom.generators.continuous import (
     Denoising,
     LatentNoise,
     LatentStep,
-    TimeEmbedding,
 )
 from tokenloom.generators.flow import SOLVERS, make_solver
 from tokenloom.generators.orders import Order
@@ -35,6 +34,7 @@ from tokenloom.generators.plans import cell_plan
 from tokenloom.generators.sampling import Guidance, Sampling, guide
 from tokenloom.generators.stages import Stages
 from tokenloom.generators.transformer import TransformerConfig
+from tokenloom.layers import TimeEmbedding
 from tokenloom.rng import as_seeds
 
 TIMES = 1000  # times are whole thousandths to the network

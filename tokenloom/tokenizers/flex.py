@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, check_options, unknown_name
 from tokenloom.layers import Block, BlockConfig, TimeEmbedding, make_norm
+from tokenloom.tokenizers.registers import causal_registers
 
 MASKS = ("registers", "full", "causal")
 KINDS = ("flow", "direct")
@@ -135,14 +136,12 @@ def sincos_table(side: int, width: int) -> Tensor:
     ).clone()
 
 
-def row_mask(kind: str, patches: int, registers: int, device: torch.device | None = None) -> Tensor | None:
+def row_mask(kind: str, patches: int, registers: int) -> Tensor | None:
     """Boolean (P + N, P + N): whether row q sees row k, by a key of `MASKS`; `None` where everyone sees everyone."""
     if kind == "full":
         return None
-    seen = torch.ones(patches + registers, patches + registers, dtype=torch.bool, device=device).tril()
-    if kind == "registers":
-        seen[:, :patches] = True
-    return seen
+    seen = causal_registers(patches, registers)
+    return seen.tril() if kind == "causal" else seen
 
 
 class _Rows(nn.Module):
@@ -186,7 +185,8 @@ class _Rows(nn.Module):
     def run(self, patches: Tensor, registers: Tensor, modulations: list[Tensor] | None = None) -> Tensor:
         """Rows (B, P + N, D) after the blocks, normalised."""
         x = torch.cat([patches, registers], dim=1)
-        mask = row_mask(self.config.mask, patches.shape[1], registers.shape[1], x.device)
+        mask = row_mask(self.config.mask, patches.shape[1], registers.shape[1])
+        mask = None if mask is None else mask.to(x.device)
         for index, block in enumerate(self.blocks):
             x = block(x, mask=mask, modulation=None if modulations is None else modulations[index])
         return self.norm(x)
@@ -238,6 +238,7 @@ class FlexDecoder(_Rows):
         width, area = config.width, channels * patch * patch
         flow = config.kind == "flow"
         super().__init__(config, area if flow else 0, patch, table)
+        self.shape = config
         self.flow, self.count = flow, registers
         self.from_code = nn.Linear(dim, width)
         self.missing = nn.Parameter(0.02 * torch.randn(width))
@@ -258,6 +259,12 @@ class FlexDecoder(_Rows):
             self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, area)
         self.reset_parameters()
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that paints the map."""
+        weight: nn.Parameter = (self.head if self.flow else self.paint).weight  # type: ignore[assignment]
+        return weight
 
     def registers(self, z_q: Tensor, keep: Tensor | None, dropped: Tensor | None = None) -> Tensor:
         """Register rows (B, N, D).

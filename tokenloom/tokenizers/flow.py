@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from tokenloom.rng import as_seeds, normal
 Velocity = Callable[[Tensor, int, float], Tensor]
 """(sample (B, ...), number of the step, level) -> velocity (B, ...)."""
 
+Level = TypeVar("Level", float, Tensor)
 _MOMENTUM = -0.5
 _LONGEST = 2.5
 
@@ -47,8 +49,8 @@ def make_levels(steps: int, shift: float = 1.0) -> list[float]:
     return [shifted(1 - index / steps, shift) for index in range(steps + 1)]
 
 
-def shifted(level: float, shift: float) -> float:
-    """A level after `make_levels`' shift."""
+def shifted(level: Level, shift: float) -> Level:
+    """A level, or a tensor of levels, after `make_levels`' shift."""
     return shift * level / (1 + (shift - 1) * level)
 
 

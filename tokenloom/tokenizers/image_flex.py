@@ -113,7 +113,7 @@ class ImageFlexTokenizer(ImageTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight that paints the map that is coded."""
-        return self.decoder.head.weight if self.decoder.flow else self.decoder.paint.weight
+        return self.decoder.last_layer
 
     def train(self, mode: bool = True) -> ImageFlexTokenizer:
         """Sets the mode of all but the autoencoder, which always evaluates."""
@@ -296,4 +296,5 @@ def _autoencoder(options: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKL
 
     check_options(AutoencoderKL, options, "option of the autoencoder")
-    return AutoencoderKL(**options).requires_grad_(False).eval()
+    autoencoder: nn.Module = AutoencoderKL(**options)
+    return autoencoder.requires_grad_(False).eval()

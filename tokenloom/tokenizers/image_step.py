@@ -82,9 +82,10 @@ class ImageStepTokenizer(ImageTokenizer):
                 "There must be at least one step and one group, and 1 <= group_size <= registers <= rows; got "
                 f"steps={steps}, groups={self.groups}, group_size={self.group_size}, registers={registers}, rows={rows}."
             )
-        options = {"codebook_size": 16384, "dim": 8} if quantizer_options is None else dict(quantizer_options)
+        options: dict[str, Any] = {"codebook_size": 16384, "dim": 8}
+        options = options if quantizer_options is None else dict(quantizer_options)
         check_options(VQ, options, "option of quantizer_options")
-        self.quantizer = VQ(**options)  # type: ignore[arg-type]
+        self.quantizer: VQ = VQ(**options)
         self.vocab_size, dim = self.quantizer.codebook_size, self.quantizer.dim
         queries = QueryEncoderConfig.of(encoder_config, "option of encoder_config")
         tokens = QueryConfig.of(condition_config, "option of condition_config")
@@ -102,7 +103,8 @@ class ImageStepTokenizer(ImageTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight that paints pixels."""
-        return self.painter.head.weight
+        weight: nn.Parameter = self.painter.head.weight  # type: ignore[assignment]
+        return weight
 
     def features(self, pixels: Tensor) -> Tensor:
         """Continuous vectors (B, N, d) before quantization of pixels (B, 3, H, W), padded to whole patches."""
@@ -179,7 +181,7 @@ class ImageStepTokenizer(ImageTokenizer):
             noise: Of the shape of `pixels`.
         """
         deviation = self.shape.deviation
-        levels = torch.stack([shifted(1 - time, self.shape.shift) for time in times])
+        levels = shifted(1 - times, self.shape.shift)
         data = deviation * pixels
         noisy = mix(data, noise, levels)
         velocity, _ = self.painter(noisy, 1 - levels, tokens)
@@ -208,8 +210,8 @@ class ImageStepTokenizer(ImageTokenizer):
         """Pixels (B, 3, *size) at the end of the flow, given the first condition tokens (B, k, D)."""
         if order not in (1, 2):
             raise TokenloomError(f"order must be 1 (Euler) or 2 (Adams-Bashforth), got {order!r}.")
-        starts = self._first(torch.arange(self.steps).double() / self.steps)
-        starts = starts[starts < tokens.shape[1]].tolist()
+        first = self._first(torch.arange(self.steps).double() / self.steps)
+        starts: list[int] = first[first < tokens.shape[1]].tolist()
         levels = [shifted(1 - step / self.steps, self.shape.shift) for step in range(len(starts))]
 
         def velocity(sample: Tensor, step: int, level: float) -> Tensor:
@@ -221,7 +223,8 @@ class ImageStepTokenizer(ImageTokenizer):
         return pixels[..., : size[0], : size[1]]
 
     def _noise_shape(self, batch: int, size: Size) -> tuple[int, int, int, int]:
-        return batch, 3, *(side + -side % self.stride for side in size)
+        height, width = (side + -side % self.stride for side in size)
+        return batch, 3, height, width
 
     def _pad(self, pixels: Tensor) -> Tensor:
         height, width = (side + -side % self.stride for side in pixels.shape[2:])

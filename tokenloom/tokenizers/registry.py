@@ -17,8 +17,10 @@ from tokenloom.tokenizers.image import ImageTokenizer
 
 TOKENIZERS: dict[str, str | type[ImageTokenizer]] = {
     "image_cnn": "tokenloom.tokenizers.image_cnn.ImageCNNTokenizer",
+    "image_flex": "tokenloom.tokenizers.image_flex.ImageFlexTokenizer",
     "image_line": "tokenloom.tokenizers.image_line.ImageLineTokenizer",
     "image_scale": "tokenloom.tokenizers.image_scale.ImageScaleTokenizer",
+    "image_step": "tokenloom.tokenizers.image_step.ImageStepTokenizer",
     "image_vq": "tokenloom.tokenizers.image_vq.ImageVQTokenizer",
 }
 """Name in a config -> the class, or where it is found ("module.Class")."""

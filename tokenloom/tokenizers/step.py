@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, check_options
 from tokenloom.layers import Attention, Block, BlockConfig, TimeEmbedding, make_norm, rope_table
-from tokenloom.tokenizers.flex import row_mask
+from tokenloom.tokenizers.registers import causal_registers
 
 _EPS = 1e-6
 _LAYER_SCALE = 0.1  # at 0, where official training starts, no code would depend on the picture
@@ -161,7 +161,7 @@ class QueryEncoder(nn.Module):
         patches = self.norm(patches.flatten(2).transpose(1, 2))
         queries = self.from_rank(self.queries[: self.count]).expand(len(pixels), -1, -1)
         x = torch.cat([patches, queries], dim=1)
-        mask = row_mask("registers", rows * columns, self.count, x.device)
+        mask = causal_registers(rows * columns, self.count).to(x.device)
         rope = self.config.rope(rows, columns, self.count, x.device)
         for block in self.blocks:
             x = block(x, rope=rope, mask=mask)
