@@ -560,4 +560,7 @@ def test_next_scale_trains_on_a_tokenizer_of_many_scales(folder, tmp_path):
     features = saved.generator.features(codes)
     vectors = saved.tokenizer.quantizer.decode(codes)
     torch.testing.assert_close(features.flatten(2).transpose(1, 2), vectors)
-    assert saved("a red circle", seed=1).images[0].size == (16, 16)
+    (image,) = saved("a red circle", seed=1).images
+    assert image.size == (16, 16)
+    with pytest.raises(TokenloomError, match="codes lie on a grid, got scales"):
+        saved("a red circle", image=image, mask_image=Image.new("L", (16, 16), 255))
