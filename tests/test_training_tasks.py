@@ -14,7 +14,13 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tokenloom import ImageVQTokenizer, TextToImagePipeline, TokenloomError, WordTokenizer
+from tokenloom import (
+    ImageScaleTokenizer,
+    ImageVQTokenizer,
+    TextToImagePipeline,
+    TokenloomError,
+    WordTokenizer,
+)
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, from_dict
 from tokenloom.training.families import FAMILIES
 from tokenloom.training.generator_task import GeneratorTask, cache_codes
@@ -427,7 +433,7 @@ def test_every_generator_trains(folder, trained, tmp_path, precision):
             {"generator": "block_diffusion", "model": {"rule_config": {"pases": 4}}},
             "'pases'.*'passes'",
         ),
-        ({"tokenizer": "nowhere/at/all"}, "no image tokenizer in 'nowhere/at/all'"),
+        ({"tokenizer": "nowhere/at/all"}, "No model at nowhere/at/all"),
         (
             {"model": {"transformer": {"width": 16, "heads": 2, "depth": 1}, "share_heads": True}},
             "'share_head'",
@@ -526,3 +532,35 @@ def test_blocks_grow_during_training(folder, trained, tmp_path):
     assert seen == [1, 1, 2, 2] + [8] * 8
     saved = train_generator(write(tmp_path / "config.yaml", values))
     assert TextToImagePipeline.from_pretrained(saved).generator.order.num_steps == 2
+
+
+def test_next_scale_trains_on_a_tokenizer_of_many_scales(folder, tmp_path):
+    """The generator adds up what the tokenizer decodes, and the saved pipeline makes pictures."""
+    torch.manual_seed(0)
+    tokenizer = ImageScaleTokenizer(
+        scales=[1, 2, 4],
+        channels=8,
+        multipliers=[1, 1, 2],
+        blocks=1,
+        latent_channels=8,
+        norm_groups=4,
+        quantizer_options={"codebook_size": 32, "dim": 8, "normalize": False},
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    values = generator_settings(
+        folder,
+        tmp_path / "tokenizer",
+        tmp_path / "run",
+        generator="next_scale",
+        model={"transformer": {"width": 16, "heads": 2, "depth": 1, "rope": False}},
+        loss={"step_weights": [1.0, 1.0, 0.5], "progressive": 0.5},
+    )
+    saved = TextToImagePipeline.from_pretrained(train_generator(write(tmp_path / "config.yaml", values)))
+    codes = saved.tokenizer.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+    features = saved.generator.features(codes)
+    vectors = saved.tokenizer.quantizer.decode(codes)
+    torch.testing.assert_close(features.flatten(2).transpose(1, 2), vectors)
+    (image,) = saved("a red circle", seed=1).images
+    assert image.size == (16, 16)
+    with pytest.raises(TokenloomError, match="codes lie on a grid, got scales"):
+        saved("a red circle", image=image, mask_image=Image.new("L", (16, 16), 255))

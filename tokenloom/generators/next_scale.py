@@ -31,6 +31,7 @@ class ScaleRule:
         phis: Number of convolutions of its pyramid.
         ratio: Share of the convolution in phi.
         kernel: Side of the convolutions.
+        up: How a scale is enlarged, "bicubic" (VAR) or "bilinear" (Infinity).
         own_scale: Whether a scale sees only its own rows (MVAR) instead of all earlier ones too (VAR).
         window: Side of the neighbourhood that rows of large scales see of their scale; 0 for all of it.
         window_from: First scale that has a window.
@@ -40,6 +41,7 @@ class ScaleRule:
     phis: int = 4
     ratio: float = 0.5
     kernel: int = 3
+    up: str = "bicubic"
     own_scale: bool = False
     window: int = 0
     window_from: int = 0
@@ -62,7 +64,7 @@ class MapRows(nn.Module):
     def __init__(self, layout: Layout, vocab_size: int, width: int, rule: ScaleRule) -> None:
         super().__init__()
         self.pyramid = ResidualPyramid(
-            layout.maps, vocab_size, rule.channels, rule.phis, rule.ratio, rule.kernel
+            layout.maps, vocab_size, rule.channels, rule.phis, rule.ratio, rule.kernel, up=rule.up
         ).requires_grad_(False)
         self.project = nn.Linear(rule.channels, width)
         self.start = nn.Parameter(torch.randn(self.pyramid.slices[0].stop, width) * 0.02)
@@ -110,6 +112,7 @@ class NextScaleGenerator(Generator):
             "phis": len(pyramid.phis),
             "ratio": pyramid.ratio,
             "kernel": kernel,
+            "up": pyramid.up,
         }
 
     @torch.no_grad()

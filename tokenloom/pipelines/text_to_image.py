@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from tokenloom.generators.base import Generator
 from tokenloom.generators.sampling import Guidance, Sampling, Schedule
 from tokenloom.pipelines import inputs
 from tokenloom.pipelines.base import Pipeline
-from tokenloom.tokenizers.image_vq import ImageVQTokenizer
+from tokenloom.tokenizers.image import ImageTokenizer
 from tokenloom.tokenizers.text import WordTokenizer, split_words
 
 logger = logging.getLogger(__name__)
@@ -79,13 +79,13 @@ class TextToImagePipeline(Pipeline):
     """
 
     model_cpu_offload_seq = "generator->tokenizer"  # type: ignore[assignment]
-    tokenizer: ImageVQTokenizer
+    tokenizer: ImageTokenizer
     generator: Generator
     text_tokenizer: WordTokenizer
 
     def __init__(
         self,
-        tokenizer: ImageVQTokenizer,
+        tokenizer: ImageTokenizer,
         generator: Generator,
         text_tokenizer: WordTokenizer,
         sampling: dict[str, Any] | None = None,
@@ -260,9 +260,14 @@ class TextToImagePipeline(Pipeline):
                 "Expected image and mask_image or known and keep, got all four. Pass one pair."
             )
         if image is not None and mask_image is not None:
-            side = self.tokenizer.grid
+            layout = self.tokenizer.layout
+            if layout.kind != "grid":
+                raise TokenloomError(
+                    f"image and mask_image need a tokenizer whose codes lie on a grid, got {layout}; pass known and keep."
+                )
+            rows, columns = (int(length) for length in layout.coords[-1] + 1)
             pixels, keep = inputs.prepare_inpainting(
-                image, mask_image, self.tokenizer.image_size, (side, side)
+                image, mask_image, cast("int", self.tokenizer.image_size), (rows, columns)
             )
             known = self.tokenizer.encode(pixels.to(self._execution_device, self.tokenizer.dtype))
         if known is None or keep is None:
