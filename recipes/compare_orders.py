@@ -32,7 +32,7 @@ from tokenloom.evaluation import (
 )
 from tokenloom.evaluation.tables import markdown_table, plain
 from tokenloom.media import write_atomically
-from tokenloom.training.data import open_tokenizer, to_float
+from tokenloom.training.data import open_tokenizer
 from tokenloom.training.run import train_generator
 
 # Name in the table: name of the generator, options of the model, of the transformer.
@@ -168,11 +168,9 @@ def likelihood(pipe: Any, pictures: EvaluationSet) -> dict[str, Any]:
     """Bits of held-out pictures given their captions, and what a picture costs."""
     model, total, count = pipe.generator, 0.0, 0
     predicted = model.plan.predicted
-    low, high = getattr(pipe.tokenizer, "pixel_range", (-1.0, 1.0))
     for start in range(0, len(pictures), 32):
         part = pictures.select(range(start, min(start + 32, len(pictures))))
-        pixels = to_float(part.pixels) * (high - low) / 2 + (high + low) / 2
-        codes = pipe.tokenizer.encode(pixels)
+        codes = pipe.tokenizer.encode(part.pixels)
         logits = model.logits(codes, pipe.text_tokenizer([caption.text for caption in part.captions]))
         losses = F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none")[:, predicted]
         total, count = total + float(losses.double().sum()), count + losses.numel()
@@ -211,14 +209,14 @@ def measure(name: str, args: argparse.Namespace, pictures: EvaluationSet, judge:
     }
 
 
-def speed(name: str, first: str, args: argparse.Namespace) -> dict[str, Any]:
+def speed(name: str, first: str, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds a picture at batch 1, in turns with the first order."""
     pipes = [
         TextToImagePipeline.from_pretrained(folder_of(key, args) / "run" / "model") for key in (name, first)
     ]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
-    ours, other = (lambda pipe=pipe: pipe("a simple picture of a red apple", seed=0) for pipe in pipes)
+    ours, other = (lambda pipe=pipe: pipe(prompt, seed=0) for pipe in pipes)
     return compare_speed(ours, other, rounds=args.rounds, names=(name, first)).as_dict()
 
 
@@ -274,9 +272,10 @@ def main(words: list[str] | None = None) -> None:
         once(folder_of(name, args) / "training.json", lambda name=name: train(name, args))
     pictures, judge = EvaluationSet.load(args.data), Judge.load(args.judge)
     figures = {name: measure(name, args, pictures, judge) for name in names}
+    prompt = pictures.split("train").groups(args.groups or None).captions[0].text
     for name in names:
         path = folder_of(name, args) / f"speed-{folder_of(names[0], args).name}.json"
-        figures[name]["speed"] = once(path, lambda name=name: speed(name, names[0], args))
+        figures[name]["speed"] = once(path, lambda name=name: speed(name, names[0], prompt, args))
     write_atomically(args.output / "comparison.json", json.dumps(plain(figures), indent=1))
     write_atomically(args.output / "comparison.md", report(figures, args))
     print(report(figures, args))

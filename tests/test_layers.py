@@ -439,3 +439,10 @@ def test_dropout_only_in_training() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TokenloomError, match=message):
         config(**options)
+
+
+def test_rotary_pairs_of_halves_are_those_of_neighbours_in_another_order():
+    torch.manual_seed(0)
+    x, rope = torch.randn(2, 3, 5, 8), rope_table(torch.arange(5)[:, None], 8)
+    order = torch.arange(8).view(4, 2).T.flatten()  # neighbours to halves
+    torch.testing.assert_close(apply_rope(x[..., order], rope, halves=True), apply_rope(x, rope)[..., order])

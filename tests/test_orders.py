@@ -61,6 +61,20 @@ def random_orders(draw: st.DrawFn) -> Order:
     )
 
 
+@st.composite
+def delay_orders(draw: st.DrawFn) -> Order:
+    layout = draw(FRAMES)
+    late = st.lists(st.integers(0, 6), min_size=layout.shape[1], max_size=layout.shape[1])
+    return orders.delay(layout, draw(st.one_of(st.none(), late)))
+
+
+@st.composite
+def patch_orders(draw: st.DrawFn) -> Order:
+    frames, count, books = (draw(st.integers(1, 4)) for _ in range(3))
+    inner = draw(st.sampled_from(["coarse_first", "delay", "flat", "parallel"]))
+    return orders.patches(Layout.frames(frames * count, books), frames, inner, together=draw(st.booleans()))
+
+
 def plain_orders(name: str) -> st.SearchStrategy[Order]:
     """Orders without options, on random layouts of every kind that the order accepts."""
     kinds = {Layout.line(4): LINES, Layout.grid(2, 2): GRIDS, Layout.scales([1, 2]): SCALES}
@@ -74,7 +88,14 @@ def plain_orders(name: str) -> st.SearchStrategy[Order]:
     return st.builds(functools.partial(orders.build, name), st.one_of(accepted))
 
 
-STRATEGIES = {"blocks": block_orders(), "regions": region_orders(), "random": random_orders()}
+STRATEGIES = {
+    "blocks": block_orders(),
+    "coarse_first": st.builds(orders.coarse_first, FRAMES, st.booleans()),
+    "delay": delay_orders(),
+    "patches": patch_orders(),
+    "regions": region_orders(),
+    "random": random_orders(),
+}
 
 every_order = pytest.mark.parametrize("name", orders.names())
 
@@ -232,6 +253,31 @@ def test_delay_shifts_each_codebook_by_one_step():
     assert in_step == [[2, 0], [1, 1], [0, 2]]  # increasing codebook
 
 
+def test_delays_of_their_own():
+    layout = Layout.frames(3, 3)
+    assert orders.delay(layout, (0, 1, 2)).step.tolist() == orders.delay(layout).step.tolist()
+    assert orders.delay(layout, [0, 1, 1]).step.view(3, 3).tolist() == [[0, 1, 1], [1, 2, 2], [2, 3, 3]]
+    assert orders.delay(Layout.frames(1, 2), (0, 5)).step.tolist() == [0, 1]  # no empty steps
+
+
+def test_patches_come_one_after_the_other():
+    order = orders.patches(Layout.frames(4, 3), 2)
+    assert order.step.view(4, 3).tolist() == [[0, 1, 2], [1, 2, 3], [4, 5, 6], [5, 6, 7]]
+    whole = orders.patches(Layout.frames(4, 3), 4, "coarse_first")
+    assert torch.equal(whole.step, orders.coarse_first(Layout.frames(4, 3)).step)
+    assert torch.equal(whole.permutation, orders.coarse_first(Layout.frames(4, 3)).permutation)
+
+
+def test_orders_of_codec_frames():
+    layout = Layout.frames(3, 2)
+    assert orders.flat(layout).step.view(3, 2).tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert orders.parallel(layout).step.view(3, 2).tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert orders.coarse_first(layout).step.view(3, 2).tolist() == [[0, 3], [1, 4], [2, 5]]
+    together = orders.coarse_first(Layout.frames(3, 4), together=True)
+    assert together.step.view(3, 4).tolist() == [[0, 3, 3, 3], [1, 4, 4, 4], [2, 5, 5, 5]]
+    assert torch.equal(orders.parallel(layout).step, orders.blocks(layout, (1, 2)).step)
+
+
 def test_random_is_frozen_for_a_seed():
     layout = Layout.grid(4, 4)
     assert orders.random(layout, 4, 0).step.tolist() == [3, 2, 0, 2, 1, 0, 3, 1, 2, 3, 2, 2, 3, 1, 3, 3]
@@ -342,6 +388,13 @@ def test_defaults_and_json_lists_make_no_difference():
         (lambda: orders.neighbors(Layout.scales([1, 2])), "needs a grid or clip"),
         (lambda: orders.scales(Layout.grid(2, 2)), "needs a scales layout"),
         (lambda: orders.delay(Layout.grid(2, 2)), "needs a frames layout"),
+        (lambda: orders.delay(Layout.frames(2, 2), (0,)), "2 integers of at least 0"),
+        (lambda: orders.delay(Layout.frames(2, 2), (0, -1)), "2 integers of at least 0"),
+        (lambda: orders.patches(Layout.frames(4, 2), 3), "do not divide.*Use 1, 2, 4"),
+        (lambda: orders.patches(Layout.frames(4, 2), 2, "flatt"), "'flat'"),
+        (lambda: orders.flat(Layout.line(4)), "needs a frames layout.*raster"),
+        (lambda: orders.parallel(Layout.line(4)), "needs a frames layout"),
+        (lambda: orders.coarse_first(Layout.line(4)), "needs a frames layout"),
         (lambda: orders.regions(Layout.clip(1, 2, 2), 4), "needs a grid layout"),
         (lambda: orders.regions(Layout.grid(8, 8), 8), "square, got n=8. Use 4 or 9"),
         (lambda: orders.regions(Layout.grid(8, 8), 9), "do not tile grid.*Use n = 1, 4, 16, 64"),

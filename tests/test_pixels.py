@@ -158,6 +158,15 @@ def test_cutting_and_joining_gives_the_picture_back(size, overlap):
     torch.testing.assert_close(tiling.join(tiles), pixels)
 
 
+def test_tiles_are_cut_in_order_and_repeat_the_edge():
+    pixels = torch.randn(1, 3, 33, 40)
+    tiling = Tiling((33, 40), (16, 16))
+    tiles = tiling.cut(pixels)[0]
+    assert (tiling.grid, len(tiles)) == ((3, 3), 9)
+    assert torch.equal(tiles[4], pixels[0, :, 16:32, 16:32])
+    assert torch.equal(tiles[6][:, 1:], pixels[0, :, 32:33, :16].expand(-1, 15, -1))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_of_every_tokenizer(kind):
     tokenizer, values = build(kind), levels(2, 30, 41)

@@ -17,6 +17,7 @@ from tokenloom.tokenizers.quantizers import (
     FSQ,
     LFQ,
     VQ,
+    MultiScale,
     Projected,
     Quantizer,
     Residual,
@@ -333,12 +334,14 @@ def test_simvq_learns_to_reach_the_vectors():
 
 
 def averages_after_training(parts: list[Tensor]) -> dict[str, Tensor]:
-    """State of an EMA quantizer that starts the same everywhere and trains on `parts`, one a batch."""
+    """State of EMA quantizers that start the same everywhere and train on `parts`, one a batch."""
     torch.manual_seed(0)
     quantizer = VQ(12, 4, normalize=False, ema_decay=0.8, revive_after=3).train()
+    scales = MultiScale(VQ(12, 4, normalize=False, ema_decay=0.8), [(1, 2), (2, 5)], phis=0).train()
     for part in parts:
         quantizer.encode(part)
-    return quantizer.state_dict()
+        scales.encode(part)
+    return {**quantizer.state_dict(), **scales.state_dict(prefix="scales.")}
 
 
 def train_in_process(rank: int, folder: str) -> None:

@@ -24,11 +24,14 @@ class _Means(torch.nn.Module):
     """Token k says what the mean grey level of row k is, in 256 levels; missing rows are grey."""
 
     vocab_size = 256
-    prefix_lengths = (1, 2, 4, 8)
+    image_size, any_size = 16, True
     device, dtype = torch.device("cpu"), torch.float32
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         return ((pixels.mean((1, 3)) + 1) * 127.5).round().long()
+
+    def lengths_of(self, size: tuple[int, int]) -> tuple[int, ...]:
+        return (1, 2, 4, 8, 16)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         rows = torch.nn.functional.pad(codes / 127.5 - 1, (0, 16 - codes.shape[1]))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny_models import tiny_tokenizer
 
@@ -28,14 +27,26 @@ def test_any_size_comes_back_in_its_size(size: tuple[int, int]) -> None:
     assert result.bits_per_pixel == pytest.approx(result.bits / (size[0] * size[1]))
 
 
-def test_tiles_are_cut_and_joined_in_order() -> None:
-    pixels = torch.randn(1, 3, 33, 40)
-    tiles, rows, columns = reconstruction._cut(pixels, 16)
-    assert (rows, columns, len(tiles)) == (3, 3, 9)
-    assert torch.equal(tiles[4], pixels[0, :, 16:32, 16:32])
-    joined = reconstruction._join(tiles, rows, columns)
-    assert torch.equal(joined[..., :33, :40], pixels)
-    assert torch.equal(joined[..., 33:, :40], pixels[..., -1:, :].expand(-1, -1, 15, -1))
+def test_a_tokenizer_for_any_size_gets_the_whole_picture() -> None:
+    torch.manual_seed(0)
+    tokenizer = tokenloom.ImageScaleTokenizer(
+        (1, 2), channels=8, multipliers=(1, 2), blocks=1, norm_groups=4
+    ).eval()
+    result = reconstruction.reconstruct_image(tokenizer, Image.open(PHOTO).crop((0, 0, 30, 22)))
+    maps = [(rows, columns) for rows, columns in tokenizer.maps_of((22, 30))]
+    assert (result.tiles, result.image.size) == (1, (30, 22))
+    assert result.bits == sum(rows * columns for rows, columns in maps) * 12  # 4,096 codes
+
+
+def test_fewer_tokens_are_fewer_bits() -> None:
+    torch.manual_seed(0)
+    tokenizer = tokenloom.ImageScaleTokenizer(
+        (1, 2), channels=8, multipliers=(1, 2), blocks=1, norm_groups=4
+    ).eval()
+    result = reconstruction.reconstruct_image(tokenizer, Image.open(PHOTO).crop((0, 0, 8, 4)), num_tokens=1)
+    assert (result.tiles, result.bits) == (2, 24)
+    with pytest.raises(tokenloom.TokenloomError, match="num_tokens=2"):
+        reconstruction.reconstruct_image(tokenizer, Image.new("RGB", (4, 4)), num_tokens=2)
 
 
 def test_each_tile_is_what_the_tokenizer_gives() -> None:

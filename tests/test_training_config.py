@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from tokenloom import ImageVQTokenizer, TokenloomError
+from tokenloom.layouts import Layout
+from tokenloom.pyramid import ResidualPyramid
+from tokenloom.tokenizers.registry import tokenizer_class
 from tokenloom.training.config import (
     GeneratorConfig,
     LoopConfig,
@@ -16,7 +21,7 @@ from tokenloom.training.config import (
     from_dict,
     load_config,
 )
-from tokenloom.training.families import build_generator
+from tokenloom.training.families import build_generator, build_order
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MINIMAL = "output: out\ndata: {root: pictures}\n"
@@ -175,9 +180,10 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_builds_its_model(path):
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "tokenizer" not in values:
-        tokenizer = ImageVQTokenizer(**load_config(TokenizerConfig, path).model)
-        assert tokenizer.image_size == values["model"]["image_size"]
+    if "generator" not in values:
+        settings = load_config(TokenizerConfig, path)
+        tokenizer = tokenizer_class(settings.tokenizer)(**settings.model)
+        assert tokenizer.image_size == values["model"].get("image_size", 64)
         assert sum(p.numel() for p in tokenizer.parameters()) < 12e6
         return
     config = load_config(GeneratorConfig, path)
@@ -187,3 +193,45 @@ def test_every_recipe_is_valid_and_builds_its_model(path):
     generator = build_generator(config.generator, tokenizer, words, config.model)
     assert generator.order.layout == tokenizer.layout
     assert sum(p.numel() for p in generator.parameters()) < 12e6
+
+
+def scale_tokenizer() -> SimpleNamespace:
+    """What next-scale prediction asks of a tokenizer: a layout, a vocabulary, a pyramid and the vectors of its codes."""
+    layout = Layout.scales([1, 2, 4])
+    pyramid = ResidualPyramid(layout.maps, 12, 6, phis=2, ratio=0.25, kernel=5)
+    inner = SimpleNamespace(decode=lambda codes: pyramid.codes(codes))
+    quantizer = SimpleNamespace(pyramid=pyramid, inner=inner)
+    return SimpleNamespace(layout=layout, vocab_size=12, quantizer=quantizer, device=torch.device("cpu"))
+
+
+def test_next_scale_takes_the_pyramid_of_the_tokenizer():
+    tokenizer, words = scale_tokenizer(), {"kind": "words", "vocabulary": 9, "length": 3}
+    options = {"transformer": {"width": 16, "heads": 2, "depth": 1, "rope": False}}
+    generator = build_generator("next_scale", tokenizer, words, options)
+    ours, theirs = generator.tokens.pyramid.state_dict(), tokenizer.quantizer.pyramid.state_dict()
+    assert (
+        all(torch.equal(value, theirs[name]) for name, value in ours.items()) and ours.keys() == theirs.keys()
+    )
+    codes = torch.randint(12, (2, 21))
+    torch.testing.assert_close(generator.features(codes), tokenizer.quantizer.pyramid.decode(codes))
+    generator.loss(codes, torch.tensor([[1, 2, 0], [3, 0, 0]])).backward()
+    tokenizer.quantizer.pyramid.up = "bilinear"
+    with pytest.raises(TokenloomError, match="enlarges them by 'bilinear'"):
+        build_generator("next_scale", tokenizer, words, options)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "order"),
+    [
+        (Layout.grid(4, 6), "next_block", {"name": "blocks", "block": 6}),
+        (Layout.line(24), "block_diffusion", {"name": "blocks", "block": 4}),
+        (Layout.line(7), "next_block", {"name": "blocks", "block": 1}),
+        (Layout.frames(5, 3), "next_block", {"name": "blocks", "block": 3}),
+        (Layout.clip(2, 3, 4), "next_neighbor", {"name": "neighbors"}),
+        (Layout.grid(4, 4), "masked", {"name": "random", "steps": 8}),
+    ],
+)
+def test_default_orders_fit_the_layout(layout, name, order):
+    built = build_order(name, layout, {})
+    assert {"name": built.name, **{key: dict(built.options)[key] for key in order if key != "name"}} == order
+    assert build_order(name, layout, {"order": "raster"}).num_steps == layout.size

@@ -30,7 +30,14 @@ ORDERS: dict[str, list[Order]] = {
         orders.blocks(Layout.line(6), 1),
     ],
     "regions": [orders.regions(Layout.grid(4, 4), 4)],
-    "delay": [orders.delay(Layout.frames(4, 3))],
+    "flat": [orders.flat(Layout.frames(3, 2))],
+    "parallel": [orders.parallel(Layout.frames(3, 2))],
+    "delay": [orders.delay(Layout.frames(4, 3)), orders.delay(Layout.frames(3, 3), (0, 2, 2))],
+    "coarse_first": [
+        orders.coarse_first(Layout.frames(3, 3)),
+        orders.coarse_first(Layout.frames(2, 3), True),
+    ],
+    "patches": [orders.patches(Layout.frames(4, 2), 2), orders.patches(Layout.frames(4, 2), 2, "flat")],
     "random": [orders.random(Layout.grid(3, 3), 4, 7), orders.random(Layout.line(6), 6, 3, "equal")],
 }
 

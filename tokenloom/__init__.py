@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AudioTokenizer": "tokenloom.tokenizers.audio",
     "BlockDiffusionGenerator": "tokenloom.generators.block_diffusion",
     "Denoising": "tokenloom.generators.continuous",
     "Generator": "tokenloom.generators.base",
     "Guidance": "tokenloom.generators.sampling",
+    "HubAudioTokenizer": "tokenloom.tokenizers.audio_hub",
     "ImageCNNTokenizer": "tokenloom.tokenizers.image_cnn",
     "ImageFlexTokenizer": "tokenloom.tokenizers.image_flex",
     "ImageLineTokenizer": "tokenloom.tokenizers.image_line",
@@ -28,6 +30,7 @@ _EXPORTS = {
     "Layout": "tokenloom.layouts",
     "MaskTokenizer": "tokenloom.tokenizers.mask",
     "MaskedGenerator": "tokenloom.generators.masked",
+    "MimoAudioTokenizer": "tokenloom.tokenizers.audio_mimo",
     "ModelMixin": "diffusers",
     "NextBlockGenerator": "tokenloom.generators.next_block",
     "NextCellGenerator": "tokenloom.generators.next_cell",
@@ -35,10 +38,12 @@ _EXPORTS = {
     "NextScaleGenerator": "tokenloom.generators.next_scale",
     "NextTokenGenerator": "tokenloom.generators.next_token",
     "Order": "tokenloom.generators.orders",
+    "PatchNetworks": "tokenloom.generators.patches",
     "Sampling": "tokenloom.generators.sampling",
     "TextToImagePipeline": "tokenloom.pipelines.text_to_image",
     "Tokenizer": "tokenloom.tokenizers.base",
     "TokenloomError": "tokenloom.errors",
+    "TwoLevelGenerator": "tokenloom.generators.two_level",
     "WordTokenizer": "tokenloom.tokenizers.text",
 }
 _MODULES = {"models": "tokenloom.models", "orders": "tokenloom.generators.orders"}
@@ -59,10 +64,15 @@ if TYPE_CHECKING:
     from tokenloom.generators.next_scale import NextScaleGenerator as NextScaleGenerator
     from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
     from tokenloom.generators.orders import Order as Order
+    from tokenloom.generators.patches import PatchNetworks as PatchNetworks
     from tokenloom.generators.sampling import Guidance as Guidance
     from tokenloom.generators.sampling import Sampling as Sampling
+    from tokenloom.generators.two_level import TwoLevelGenerator as TwoLevelGenerator
     from tokenloom.layouts import Layout as Layout
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
+    from tokenloom.tokenizers.audio import AudioTokenizer as AudioTokenizer
+    from tokenloom.tokenizers.audio_hub import HubAudioTokenizer as HubAudioTokenizer
+    from tokenloom.tokenizers.audio_mimo import MimoAudioTokenizer as MimoAudioTokenizer
     from tokenloom.tokenizers.base import Tokenizer as Tokenizer
     from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer as ImageCNNTokenizer
     from tokenloom.tokenizers.image_flex import ImageFlexTokenizer as ImageFlexTokenizer
@@ -74,10 +84,12 @@ if TYPE_CHECKING:
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
 
 __all__ = [
+    "AudioTokenizer",
     "BlockDiffusionGenerator",
     "Denoising",
     "Generator",
     "Guidance",
+    "HubAudioTokenizer",
     "ImageCNNTokenizer",
     "ImageFlexTokenizer",
     "ImageLineTokenizer",
@@ -87,6 +99,7 @@ __all__ = [
     "Layout",
     "MaskTokenizer",
     "MaskedGenerator",
+    "MimoAudioTokenizer",
     "ModelMixin",
     "NextBlockGenerator",
     "NextCellGenerator",
@@ -94,10 +107,12 @@ __all__ = [
     "NextScaleGenerator",
     "NextTokenGenerator",
     "Order",
+    "PatchNetworks",
     "Sampling",
     "TextToImagePipeline",
     "Tokenizer",
     "TokenloomError",
+    "TwoLevelGenerator",
     "WordTokenizer",
     "__version__",
     "models",

@@ -6,6 +6,7 @@ ends with one line on stderr and exit code 2, Ctrl-C with one line and exit code
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,13 +162,11 @@ def generate(
         )
 
 
-def _load(folder: Path, device: str) -> TextToImagePipeline:
-    """Loads a pipeline without progress bars, onto the chosen device."""
+def _device(device: str) -> str:
+    """The device that "auto" or a name stands for."""
     import torch
-    from diffusers.utils import logging as diffusers_logging
 
     from tokenloom.errors import unknown_name
-    from tokenloom.pipelines.text_to_image import TextToImagePipeline
 
     accelerator = (
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -175,8 +174,17 @@ def _load(folder: Path, device: str) -> TextToImagePipeline:
     kinds = {"auto": accelerator, "cpu": "cpu", accelerator: accelerator}
     if device not in kinds:
         raise unknown_name("device", device, kinds, "See `tokenloom doctor` for what this machine has.")
+    return kinds[device]
+
+
+def _load(folder: Path, device: str) -> TextToImagePipeline:
+    """Loads a pipeline without progress bars, onto the chosen device."""
+    from diffusers.utils import logging as diffusers_logging
+
+    from tokenloom.pipelines.text_to_image import TextToImagePipeline
+
     diffusers_logging.disable_progress_bar()
-    pipe = TextToImagePipeline.from_pretrained(folder).to(kinds[device])
+    pipe = TextToImagePipeline.from_pretrained(folder).to(_device(device))
     pipe.set_progress_bar_config(desc="generating", leave=False, disable=None)
     return pipe
 
@@ -215,21 +223,28 @@ def reconstruct(
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture file to write.")] = Path(
         "reconstruction.png"
     ),
-    model: ModelOption = DEFAULT_MODEL,
+    model: Annotated[
+        str,
+        typer.Option("--tokenizer", "--model", "-m", help="Bundled name, folder, or hub id."),
+    ] = DEFAULT_MODEL,
     fit: Annotated[
         bool, typer.Option("--fit", help="Shrink the picture to one tile instead of cutting it into tiles.")
     ] = False,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens kept of each tile, where the tokenizer decodes prefixes.")
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Turn a picture into tokens and back, and print bits per pixel and PSNR."""
-    folder = resolve(model)
+    resolve(model)  # before the slow imports, so that a wrong name is answered at once
     from tokenloom import media
     from tokenloom.pipelines.reconstruction import reconstruct_image
+    from tokenloom.tokenizers import load_tokenizer
 
     media.check_output(output)
     picture = media.open_image(image)
-    pipe = _load(folder, device)
-    result = reconstruct_image(pipe.tokenizer, picture, fit=fit)
+    tokenizer = load_tokenizer(model).to(_device(device))
+    result = reconstruct_image(tokenizer, picture, fit=fit, num_tokens=tokens)
     path = media.save_image(result.image, output)
     _OUT.print(f"{path}: {result}", markup=False)
 
@@ -311,10 +326,16 @@ def train_tokenizer(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     resume: ResumeOption = None,
     changes: SetOption = [],  # noqa: B006
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a tokenizer to start from, for instance converted official weights."),
+    ] = None,
 ) -> None:
     """Train an image tokenizer."""
     from tokenloom.training import run
 
+    if init_from is not None:
+        changes = [*changes, f"init_from={json.dumps(str(init_from))}"]
     _OUT.print(f"trained: {run.train_tokenizer(config, resume=resume, overrides=changes)}", markup=False)
 
 

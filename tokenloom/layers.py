@@ -54,6 +54,7 @@ class BlockConfig:
         modulation: `None`, "own" (adaLN with six vectors from the condition) or "shared" (one projection for all
             blocks plus a learned offset a block).
         condition_width: Width of the adaLN condition; `None` means D.
+        rope_halves: Rotary positions turn pair j of (x_j, x_{j + d/2}), as in Llama of transformers, not neighbours.
         cross_attention: Whether the block also attends to a context.
         dropout: Dropout on the two residual branches.
         layer_scale: Start of a learned factor a channel on both residual branches (CaiT); `None`: no such factor.
@@ -76,6 +77,7 @@ class BlockConfig:
     attention_scale: float | None = None
     modulation: str | None = None
     condition_width: int | None = None
+    rope_halves: bool = False
     cross_attention: bool = False
     dropout: float = 0.0
     layer_scale: float | None = None
@@ -154,9 +156,15 @@ def rope_table(
     return (angles.cos() * visible).float(), (angles.sin() * visible).float()
 
 
-def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates interleaved pairs of the last axis of (B, h, N, d) by the (N, d / 2) cosines and sines."""
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor], halves: bool = False) -> Tensor:
+    """Rotates pairs of the last axis of (B, h, N, d) by the (N, d / 2) cosines and sines.
+
+    Pairs are neighbours, or with `halves` one entry of the first half and one of the second.
+    """
     cos, sin = (table.to(x.dtype) for table in rope)
+    if halves:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
@@ -168,7 +176,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.size = config.heads, config.num_kv_heads, config.head_size
         inner, kv = self.heads * self.size, self.kv_heads * self.size
-        self.cross = context_width is not None
+        self.cross, self.halves = context_width is not None, config.rope_halves
         if context_width is not None:
             self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
             self.kv = nn.Linear(context_width, 2 * kv, bias=config.qkv_bias)
@@ -218,8 +226,8 @@ class Attention(nn.Module):
         """
         query, key, value = self._project(x, context)
         if rope is not None:
-            query = apply_rope(query, rope)
-            key = key if self.cross else apply_rope(key, rope)
+            query = apply_rope(query, rope, self.halves)
+            key = key if self.cross else apply_rope(key, rope, self.halves)
         if store is not None:
             key, value = store.append(key, value)
         query, key, value = query.to(value.dtype), key.to(value.dtype), value

@@ -64,7 +64,7 @@ class Pyramid(nn.Module):
         up: str = "bicubic",
     ) -> None:
         super().__init__()
-        self.channels, self.ratio, self.up = channels, ratio, up
+        self.channels, self.ratio, self.kernel, self.up = channels, ratio, kernel, up
         if phis < 0 or kernel < 1 or kernel % 2 == 0:
             raise TokenloomError(
                 f"A pyramid needs phis >= 0 and an odd kernel, got phis={phis}, kernel={kernel}."

@@ -17,14 +17,22 @@ from tokenloom.checkpoints.guidance import official_guidance as official_guidanc
 from tokenloom.errors import TokenloomError, unknown_name
 
 _ADAPTERS: dict[str, str] = {
+    "dac": "audio_hub",
+    "dac_original": "audio_hub",
     "dar": "llamagen",
     "dar_tokenizer": "dar_tokenizer",
+    "encodec": "audio_hub",
+    "encodec_24k": "audio_hub",
+    "encodec_48k": "audio_hub",
     "flextok": "flextok",
-    "infinity_bsq": "image_scale",
     "himtok": "himtok",
+    "infinity_bsq": "image_scale",
     "llamagen": "llamagen",
     "llamagen_vq": "image_cnn",
     "maskgit_vqgan": "image_cnn",
+    "mimi": "audio_hub",
+    "mimo_audio_patch": "mimo",
+    "mimo_audio_tokenizer": "mimo",
     "mvar": "var",
     "nar": "nar",
     "nar_video": "nar",
@@ -35,6 +43,7 @@ _ADAPTERS: dict[str, str] = {
     "var": "var",
     "var_vq": "image_scale",
     "xar": "xar",
+    "xcodec": "audio_hub",
 }
 """Family name -> module of this package that holds `from_official` and `to_official`."""
 

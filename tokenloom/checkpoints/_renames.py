@@ -65,7 +65,7 @@ class Rename:
         if self.parts:
             chunks = value.chunk(len(self.parts))
             value = torch.cat([chunks[self.parts.index(index)] for index in range(len(chunks))])
-        parts = value.chunk(len(self.official))
+        parts = value.chunk(len(self.official)) if len(self.official) > 1 else (value,)
         shapes = [(1,) * self.leading + tuple(part.shape) + (1,) * self.trailing for part in parts]
         return {
             name: part.reshape(shape).clone()

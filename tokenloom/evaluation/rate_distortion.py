@@ -33,7 +33,6 @@ from tokenloom.evaluation.tables import markdown_table, plain
 from tokenloom.media import write_atomically
 
 _WARM_UP = 2
-_ANY_SIZE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +113,17 @@ def rate_distortion(
 
 
 def picture_size(tokenizer: Any, size: int | None) -> int:
-    """Side of the pictures a tokenizer is measured with: its own, or `size` (default 256) where it takes any.
+    """Side of the pictures a tokenizer is measured with: its own, or `size` where it takes any.
 
     Raises:
         TokenloomError: If a size was asked for that the tokenizer does not take.
     """
-    own = getattr(tokenizer, "image_size", None)
-    if own is None:
-        return size or _ANY_SIZE
-    if size not in (None, own):
+    own = tokenizer.image_size
+    if size is None or size == own:
+        return own if isinstance(own, int) else max(own)
+    if not tokenizer.any_size:
         raise TokenloomError(f"{type(tokenizer).__name__} takes pictures of {own} pixels, got size {size}.")
-    return int(own)
+    return size
 
 
 def load_pixels(
@@ -149,7 +148,7 @@ def token_counts(tokenizer: Any, pixels: Tensor, wanted: Sequence[int] | None) -
     """Numbers of tokens to measure.
 
     Args:
-        tokenizer: An image tokenizer; `prefix_lengths` names the prefixes it decodes, if any.
+        tokenizer: An image tokenizer; its `lengths` are the prefixes that decode.
         pixels: A picture, uint8 (1, 3, H, W), to find the number of all tokens.
         wanted: What was asked for, or `None`.
 
@@ -158,10 +157,10 @@ def token_counts(tokenizer: Any, pixels: Tensor, wanted: Sequence[int] | None) -
     """
     encoded = tokenizer.encode((pixels.float() / 127.5 - 1).to(tokenizer.device, tokenizer.dtype))
     everything = encoded.shape[1]
-    possible = sorted({*getattr(tokenizer, "prefix_lengths", ()), everything})
+    possible = tokenizer.lengths_of((pixels.shape[2], pixels.shape[3]))
     if wanted is None:
         if len(possible) <= 16:
-            return possible
+            return list(possible)
         return [count for count in possible if count & (count - 1) == 0 or count == everything]
     for count in wanted:
         if count not in possible:

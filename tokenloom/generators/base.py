@@ -295,9 +295,9 @@ class Generator(ModelMixin, ConfigMixin):
         counts = counted.to(losses)
         return (losses * counts).sum() / counts.sum().clamp(min=1)
 
-    def forward(self, codes: Tensor, condition: Given | None = None, **options: Any) -> Tensor:
+    def forward(self, codes: Tensor, condition: Given | None = None, *args: Any, **options: Any) -> Tensor:
         """`loss(codes, condition, ...)`, the training forward."""
-        return self.loss(codes, condition, **options)
+        return self.loss(codes, condition, *args, **options)
 
     # ---- generation -------------------------------------------------------------------------------------------------
 

@@ -121,7 +121,8 @@ class BlockDiffusionGenerator(Generator):
         self.order = order
         self.plan = self.make_plan(order, self.condition.length, bool(self.config["causal_prefix"]))
         self._register_tables(self.config["prefix_rope"])
-        self.to(device)
+        for name, table in list(self.named_buffers(recurse=False)):
+            self.register_buffer(name, table.to(device), persistent=False)
         self.register_to_config(order_config=order.to_config())
 
     # ---- rows -------------------------------------------------------------------------------------------------------

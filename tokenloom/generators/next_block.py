@@ -1,9 +1,10 @@
-"""Next-block prediction: any order with any number of positions a step.
+"""Next-block prediction: any order with any number of positions a step (PAR, Wang et al. 2024; NBP, Ren et al. 2025).
 
-What asks for the positions of a step is chosen by `rule_config={"plan": ...}`:
+Mask: a row sees all earlier steps and its own. Steps: those of the order, S for S blocks. Input and head are the choice of
+`rule_config={"plan": ...}`:
 
-* "queries" (default): a learned query at each position; fits every order. It sees all earlier tokens and the other
-  queries.
+* "queries" (default): a learned query at each position of the step asks for it; fits every order. It sees all earlier tokens
+  and the other queries.
 * "groups" (PAR, NBP hybrid): the first n positions come one a step; then the rows of a group predict the next group, and
   n-1 learned rows complete the first.
 * "shift" (NBP): the rows of a block predict the next block; the first block has to be known.

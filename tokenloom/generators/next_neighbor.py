@@ -1,4 +1,9 @@
-"""Next-neighbor prediction: all positions at the same distance from the first corner in one step (NAR)."""
+"""Next-neighbor prediction: all positions at the same distance from the first corner in one step (NAR, He et al. 2025).
+
+Mask: a row sees everything at its distance and nearer. Input: the prefix at step 0, then all tokens of the step before.
+Head: one an axis predicts the neighbour one step along it; the predictions of all neighbours that exist are averaged.
+Steps: 2n - 1 for n x n tokens, T + H + W - 2 for a clip.
+"""
 
 from __future__ import annotations
 

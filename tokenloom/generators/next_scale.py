@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class NextScaleGenerator(Generator):
     @staticmethod
     def rule_for(pyramid: Pyramid) -> dict[str, Any]:
         """The options of `ScaleRule` that describe a pyramid."""
-        kernel = pyramid.phis[0].kernel_size[0] if len(pyramid.phis) else 1
+        kernel = cast("nn.Conv2d", pyramid.phis[0]).kernel_size[0] if len(pyramid.phis) else 1
         return {
             "channels": pyramid.channels,
             "phis": len(pyramid.phis),

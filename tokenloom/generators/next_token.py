@@ -1,4 +1,8 @@
-"""Next-token prediction: one position a step, in any order that has one position a step."""
+"""Next-token prediction: one position a step, in any order that has one position a step (LlamaGen, Sun et al. 2024; D-AR).
+
+Mask: a row sees itself and everything before it. Input: the prefix at step 0, then the token of the step before. Head: each
+row predicts the next position; the last prefix row predicts the first. Steps: one a token, 256 for 16x16 tokens.
+"""
 
 from __future__ import annotations
 

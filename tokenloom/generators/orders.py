@@ -27,9 +27,13 @@ __all__ = [
     "Steps",
     "blocks",
     "build",
+    "coarse_first",
     "delay",
+    "flat",
     "names",
     "neighbors",
+    "parallel",
+    "patches",
     "random",
     "raster",
     "regions",
@@ -140,14 +144,105 @@ def regions(layout: Layout, n: int) -> Steps:
 
 
 @register
-def delay(layout: Layout) -> Steps:
-    """Delay pattern (MusicGen): codebook k of frame t at step t + k. Inside a step, increasing codebook.
+def flat(layout: Layout) -> Steps:
+    """Flat order of codec frames: one code a step, frame by frame, codebook 0 first.
 
     Raises:
         TokenloomError: If the layout is not a frames layout.
     """
+    _require(layout, "flat", ("frames",), "Use Layout.frames(t, codebooks), or raster for other layouts.")
+    return torch.arange(layout.size, device="cpu")
+
+
+@register
+def parallel(layout: Layout) -> Steps:
+    """Parallel pattern (MusicGen): all codebooks of a frame in one step.
+
+    Raises:
+        TokenloomError: If the layout is not a frames layout.
+    """
+    _require(layout, "parallel", ("frames",), "Use Layout.frames(t, codebooks).")
+    return layout.coords[:, 0].clone()
+
+
+@register
+def delay(layout: Layout, delays: tuple[int, ...] | None = None) -> Steps:
+    """Delay pattern (MusicGen): codebook k of frame t at step t + k, or t + delays[k]. Inside a step, increasing codebook.
+
+    Args:
+        layout: A frames layout.
+        delays: Steps by which each codebook is late, at least 0; steps in which nothing would come are left out.
+
+    Raises:
+        TokenloomError: If the layout is not a frames layout, or there is not one delay a codebook.
+    """
     _require(layout, "delay", ("frames",), "Use Layout.frames(t, codebooks).")
-    return layout.coords.sum(dim=1), layout.coords[:, 1]
+    time, codebook = layout.coords.unbind(1)
+    if delays is None:
+        return time + codebook, codebook
+    if len(delays) != layout.shape[1] or not all(isinstance(d, int) and d >= 0 for d in delays):
+        raise TokenloomError(
+            f"delays must be {layout.shape[1]} integers of at least 0, one a codebook; got {delays}."
+        )
+    late = time + torch.tensor(delays, device="cpu")[codebook]
+    return late.unique(return_inverse=True)[1], codebook
+
+
+@register
+def coarse_first(layout: Layout, together: bool = False) -> Steps:
+    """Coarse-first pattern (AudioLM): codebook 0 of all frames, then codebook 1 of all frames, and so on.
+
+    Args:
+        layout: A frames layout.
+        together: Whether, after codebook 0, all other codebooks of a frame come in one step (MusicGen's variant).
+
+    Raises:
+        TokenloomError: If the layout is not a frames layout.
+    """
+    _require(layout, "coarse_first", ("frames",), "Use Layout.frames(t, codebooks).")
+    time, codebook = layout.coords.unbind(1)
+    frames = int(time[-1]) + 1
+    return time + frames * (codebook.clamp(max=1) if together else codebook), codebook
+
+
+@register
+def patches(
+    layout: Layout,
+    frames: int,
+    inner: str = "delay",
+    delays: tuple[int, ...] | None = None,
+    together: bool = False,
+) -> Steps:
+    """Patches of codec frames (MiMo-Audio), one after the other; inside a patch any order of codec frames.
+
+    Args:
+        layout: A frames layout.
+        frames: Frames a patch, a divisor of the number of frames.
+        inner: "delay", "flat", "parallel" or "coarse_first".
+        delays: Option of "delay".
+        together: Option of "coarse_first".
+
+    Raises:
+        TokenloomError: If the layout is not a frames layout, the patches do not tile it, or `inner` is another order.
+    """
+    _require(layout, "patches", ("frames",), "Use Layout.frames(t, codebooks).")
+    total, books = (int(side) for side in layout.shape)  # type: ignore[arg-type]
+    frames = _count("frames", frames, total)
+    if total % frames:
+        fits = ", ".join(str(d) for d in range(1, total + 1) if total % d == 0)
+        raise TokenloomError(f"Patches of {frames} frames do not divide the {total} of {layout}. Use {fits}.")
+    options: dict[str, dict[str, object]] = {
+        "coarse_first": {"together": together},
+        "delay": {"delays": delays},
+        "flat": {},
+        "parallel": {},
+    }
+    if inner not in options:
+        raise unknown_name("order inside patches", inner, options)
+    order = build(inner, Layout.frames(frames, books), **options[inner])
+    place = order.inverse.repeat(total // frames)
+    patch = torch.arange(layout.size, device="cpu") // (frames * books)
+    return patch * order.num_steps + order.step.repeat(total // frames), place
 
 
 @register

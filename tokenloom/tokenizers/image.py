@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenloom.errors import TokenloomError
 from tokenloom.tokenizers.base import Tokenizer
@@ -50,7 +50,7 @@ class ImageTokenizer(Tokenizer):
         return self.bits_per_sample
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight that paints pixels, at which losses are weighed against each other."""
         return self.decoder.conv_out.weight
 

@@ -164,7 +164,7 @@ class ImageScaleTokenizer(ImageTokenizer):
             mine.channels,
             len(mine.phis),
             mine.ratio,
-            mine.phis[0].kernel_size[0] if mine.phis else 3,
+            mine.kernel,
             up=mine.up,
         )
         table = self.quantizer.inner.decode(torch.arange(self.vocab_size, device=self.device)[None])[0]

@@ -97,7 +97,7 @@ class ImageVQTokenizer(ImageTokenizer):
         self.unshuffle = nn.PixelShuffle(patch)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight that paints pixels."""
         return self.paint.weight
 

@@ -166,7 +166,9 @@ class GeneratorTask(Task):
         return module(batch["codes"], batch["condition"], **options), {}
 
     def _pipeline(self) -> TextToImagePipeline:
-        pipeline = TextToImagePipeline(self.tokenizer, self.generator, self.words, dict(self.config.sampling))
+        pipeline = TextToImagePipeline(
+            cast(Any, self.tokenizer), self.generator, self.words, dict(self.config.sampling)
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -188,8 +190,7 @@ class GeneratorTask(Task):
         keep = ~self.generator.plan.predicted
         made = self.generator.generate(words, seeds=[0] * count, known=codes, keep=keep)
         pixels = torch.cat([self.tokenizer.decode(part.to(self.tokenizer.device)) for part in (codes, made)])
-        low, high = getattr(self.tokenizer, "pixel_range", (-1.0, 1.0))
-        pixels = (pixels.cpu().float() - low) / (high - low) * 2 - 1
+        pixels = rescale(pixels.cpu().float(), self.tokenizer.pixel_range, (-1.0, 1.0))
         save_image(sheet(to_pil(pixels), columns=count), path)
 
     def save(self, folder: Path) -> None:

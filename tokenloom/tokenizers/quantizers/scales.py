@@ -67,7 +67,8 @@ class MultiScale(Quantizer):
     def _vectors(self, codes: Tensor) -> Tensor:
         """Vectors (B, n, d) of codes (B, n), in the dtype of the convolutions."""
         vectors = self.inner.decode(codes)
-        return vectors.to(self.pyramid.phis[0].weight.dtype) if self.pyramid.phis else vectors
+        weight = next(self.pyramid.parameters(), vectors)
+        return vectors.to(weight.dtype)
 
     def _choose(self, z: Tensor) -> Quantized:
         return self.inner.encode(z, learn=False) if isinstance(self.inner, VQ) else self.inner.encode(z)
