@@ -296,5 +296,5 @@ def _autoencoder(options: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKL
 
     check_options(AutoencoderKL, options, "option of the autoencoder")
-    autoencoder: nn.Module = AutoencoderKL(**options)
+    autoencoder: Any = AutoencoderKL(**options)
     return autoencoder.requires_grad_(False).eval()
