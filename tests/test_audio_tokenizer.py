@@ -197,10 +197,10 @@ def test_a_few_steps_of_training_lower_the_error():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_checks_of_the_suite(form):
-    """All but the one that wants codes (B, N)."""
+    """All but those that want codes (B, N): fewer codebooks are no mistake here."""
     tokenizer = build(form)
     bench = Bench(tokenizer, sounds(), (-1.0, 1.0), limited=True)
-    for name in CHECKS.keys() - {"codes"}:
+    for name in CHECKS.keys() - {"codes", "bad codes", "prefixes"}:
         with torch.enable_grad():
             CHECKS[name](bench)
 
@@ -252,6 +252,7 @@ def test_values_out_of_range_are_named():
     ("codes", "message"),
     [
         (torch.zeros(1, 4, 5, dtype=torch.long), r"k in 1\.\.3"),
+        (torch.zeros(1, 0, 5, dtype=torch.long), r"k in 1\.\.3"),
         (torch.zeros(1, 15, dtype=torch.long), "unflatten"),
         (torch.zeros(1, 3, 5), "integer"),
         (torch.full((1, 3, 5), 32), "below the codebook sizes"),
@@ -263,6 +264,15 @@ def test_values_out_of_range_are_named():
 def test_wrong_codes_are_named(codes, message):
     with pytest.raises(TokenloomError, match=message):
         build().decode(codes)
+
+
+def test_a_number_of_codebooks_can_be_asked_for():
+    tokenizer = build()
+    codes = tokenizer.encode(sounds(), num_codebooks=2)
+    tokenizer.check_codes(codes, 2)
+    tokenizer.check_codes(codes, range(1, 3))
+    with pytest.raises(TokenloomError, match=r"\(3,\) codebooks"):
+        tokenizer.check_codes(codes, 3)
 
 
 def test_wrong_lengths_and_counts_are_named():

@@ -228,16 +228,23 @@ class AudioCodec(Tokenizer):
         most = [count * self.hop_length for count in frames]
         return _lengths(lengths, len(frames), most, "the codes give")
 
-    def check_codes(self, codes: Tensor, count: int | None = None) -> None:
-        """Raises a clear error unless `codes` are integers (B, k, T) of the first k codebooks; `count` is T."""
-        self.valid_frames(codes, count)
-
-    def valid_frames(self, codes: Tensor, count: int | None = None) -> Tensor:
-        """Checks codes, and counts the frames of each sample that are not padding.
+    def check_codes(self, codes: Tensor, count: int | Sequence[int] | None = None) -> None:
+        """Raises a clear error unless `codes` are integers (B, k, T) of the first k codebooks.
 
         Args:
             codes: What shall be decoded; `PADDING` may stand in the last frames of a sample, in all codebooks.
-            count: Frames T that there must be; `None` = any number.
+            count: k, or all k that are possible; `None` = 1 to K.
+        """
+        self.valid_frames(codes)
+        possible = (count,) if isinstance(count, int) else count
+        if possible is not None and codes.shape[1] not in possible:
+            raise TokenloomError(f"Expected codes of {possible} codebooks, got {tuple(codes.shape)}.")
+
+    def valid_frames(self, codes: Tensor) -> Tensor:
+        """Checks codes, and counts the frames of each sample that are not padding.
+
+        Args:
+            codes: As for `check_codes`.
 
         Returns:
             LongTensor (B,): the frames of each sample that are not padding.
@@ -247,9 +254,9 @@ class AudioCodec(Tokenizer):
         """
         given = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(type(codes))
         whole = isinstance(codes, Tensor) and codes.dtype in _INTEGERS and codes.ndim == 3
-        if not whole or not 1 <= codes.shape[1] <= self.num_codebooks or count not in (None, codes.shape[2]):
+        if not whole or not 1 <= codes.shape[1] <= self.num_codebooks:
             raise TokenloomError(
-                f"{type(self).__name__} expects integer codes of shape (B, k, {'T' if count is None else count}) with k in "
+                f"{type(self).__name__} expects integer codes of shape (B, k, T) with k in "
                 f"1..{self.num_codebooks}, got {given}; unflatten() brings (B, N) into this shape."
             )
         used = codes != PADDING
