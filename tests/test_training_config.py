@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
-from tokenloom import ImageVQTokenizer, TokenloomError
+from tokenloom import TokenloomError
 from tokenloom.layouts import Layout
 from tokenloom.pyramid import ResidualPyramid
-from tokenloom.tokenizers.registry import tokenizer_class
+from tokenloom.tokenizers.image import ImageTokenizer
+from tokenloom.tokenizers.registry import TOKENIZERS, tokenizer_class
 from tokenloom.training.config import (
     GeneratorConfig,
     LoopConfig,
@@ -172,23 +173,31 @@ def test_unreadable_files_are_named(tmp_path):
         load_config(TokenizerConfig, tmp_path / "binary.yaml")
 
 
+def is_tokenizer(path: Path) -> bool:
+    """Whether a recipe trains a tokenizer; that of a generator names a folder under "tokenizer"."""
+    return yaml.safe_load(path.read_text(encoding="utf-8")).get("tokenizer") in (None, *TOKENIZERS)
+
+
+def tokenizer_of(path: Path) -> ImageTokenizer:
+    """The tokenizer of a recipe, with its first weights."""
+    config = load_config(TokenizerConfig, path)
+    return tokenizer_class(config.tokenizer)(**config.model)
+
+
 def test_there_are_recipes():
-    kinds = {"tokenizer" in yaml.safe_load(path.read_text(encoding="utf-8")) for path in RECIPES}
-    assert kinds == {True, False}
+    assert {is_tokenizer(path) for path in RECIPES} == {True, False}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_builds_its_model(path):
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "generator" not in values:
-        settings = load_config(TokenizerConfig, path)
-        tokenizer = tokenizer_class(settings.tokenizer)(**settings.model)
-        assert tokenizer.image_size == values["model"].get("image_size", 64)
+    if is_tokenizer(path):
+        tokenizer = tokenizer_of(path)
+        assert tokenizer.image_size == 64
         assert sum(p.numel() for p in tokenizer.parameters()) < 12e6
         return
     config = load_config(GeneratorConfig, path)
     recipe = next(item for item in RECIPES if f"/{item.stem}/" in f"/{config.tokenizer}/")
-    tokenizer = ImageVQTokenizer(**load_config(TokenizerConfig, recipe).model)
+    tokenizer = tokenizer_of(recipe)
     words = {"kind": "words", "vocabulary": 100, "length": config.text.max_length}
     generator = build_generator(config.generator, tokenizer, words, config.model)
     assert generator.order.layout == tokenizer.layout
@@ -216,8 +225,9 @@ def test_next_scale_takes_the_pyramid_of_the_tokenizer():
     torch.testing.assert_close(generator.features(codes), tokenizer.quantizer.pyramid.decode(codes))
     generator.loss(codes, torch.tensor([[1, 2, 0], [3, 0, 0]])).backward()
     tokenizer.quantizer.pyramid.up = "bilinear"
+    assert build_generator("next_scale", tokenizer, words, options).tokens.pyramid.up == "bilinear"
     with pytest.raises(TokenloomError, match="enlarges them by 'bilinear'"):
-        build_generator("next_scale", tokenizer, words, options)
+        generator.take_pyramid(tokenizer.quantizer.pyramid, tokenizer.quantizer.pyramid.codes.weight)
 
 
 @pytest.mark.parametrize(
