@@ -296,7 +296,7 @@ class TextToImagePipeline(Pipeline):
 
     def _preview(self, codes: Tensor, committed: Tensor) -> list[Image.Image]:
         """Decodes codes of which only some are there; the others show as those of a white picture."""
-        size = self.tokenizer.image_size
+        size = cast("int", self.tokenizer.image_size)  # pictures are square
         white = torch.ones(1, 3, size, size, device=codes.device, dtype=self.tokenizer.dtype)
         with torch.no_grad():
             filled = torch.where(committed.to(codes.device), codes, self.tokenizer.encode(white))
