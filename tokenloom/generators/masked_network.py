@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloom.errors import TokenloomError
 from tokenloom.generators.orders import Order
 from tokenloom.generators.transformer import Transformer, TransformerConfig
 from tokenloom.layers import make_norm
@@ -39,10 +38,10 @@ class StageModulation(nn.Module):
         self.slopes = nn.ParameterList(torch.zeros(stages, 1, 1, 4 * width) for _ in range(depth))
         self.offsets = nn.ParameterList(gates.clone() for _ in range(depth))
 
-    def forward(self, stage: int) -> list[Tensor | None]:
+    def forward(self, stage: int) -> list[Tensor]:
         """The modulation (1, 1, 6, D) of every block."""
         base = self.project(F.silu(self.table.weight[stage]))
-        modulations: list[Tensor | None] = []
+        modulations = []
         for slope, offset in zip(self.slopes, self.offsets, strict=True):
             scale1, gate1, scale2, gate2 = (base * slope[stage] + offset[stage]).chunk(4, dim=-1)
             none = torch.zeros_like(scale1)
@@ -85,10 +84,6 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_places = nn.Parameter(torch.randn(stages, prefix + size, out) * 0.02)
         self.places = nn.Parameter(torch.randn(size, out) * 0.02)
         if stages > 1:
-            if any(side.modulation or side.final_modulation for side in (encoder, decoder)):
-                raise TokenloomError(
-                    "An order of several steps modulates its blocks by the step; leave modulation and final_modulation out."
-                )
             self.contexts = nn.ModuleList(nn.Linear(out, width) for _ in range(stages - 1))
             early = size - int((order.step == stages - 1).sum())
             self.absent = nn.Parameter(torch.randn(early, channels) * 0.02)
@@ -111,13 +106,16 @@ class MaskedAutoencoder(nn.Module):
         return rows
 
     def _told(self, side: Transformer, prefix: Tensor, stage: int) -> dict[str, Any]:
-        """What modulates the blocks of a side: the step, where there are several, else (adaLN) the condition."""
-        if self.stages > 1:
-            stages = self.encoder_stages if side is self.encoder else self.decoder_stages
-            return {"modulations": stages(stage)}
+        """What modulates the blocks of a side: the condition (adaLN), and the step where there are several."""
         settings = side.config
         adaptive = settings.modulation or settings.final_modulation
-        return {"condition": prefix.mean(1, keepdim=True) if adaptive else None}
+        condition = prefix.mean(1, keepdim=True) if adaptive else None
+        if self.stages == 1:
+            return {"condition": condition}
+        of_step = (self.encoder_stages if side is self.encoder else self.decoder_stages)(stage)
+        own = side.modulations(condition)
+        both = [step if mine is None else step + mine for step, mine in zip(of_step, own, strict=True)]
+        return {"condition": condition, "modulations": both}
 
     def _encode(self, x: Tensor, hidden: Tensor, prefix: Tensor, stage: int, dense: bool) -> Tensor:
         """The encoder over rows (B, R, D) that are not hidden; other rows come back with no meaning.
