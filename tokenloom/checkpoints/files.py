@@ -38,7 +38,7 @@ _WEIGHTS = (
 _BESIDE = "vae_local"  # where a training checkpoint of next-scale models keeps their tokenizer
 _PREFIXES = ("module.", "_forward_module.", "model.")
 _COMPILED = "_orig_mod."
-_HARMLESS = [argparse.Namespace]  # plain data that many official files hold beside their weights
+_HARMLESS: list[Any] = [argparse.Namespace]  # plain data that many official files hold beside their weights
 _CODEBOOK = "quantize."
 _SCALES = "word_embed.weight"  # a next-scale generator, which is published without its codebook
 

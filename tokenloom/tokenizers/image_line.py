@@ -156,9 +156,8 @@ class ImageLineTokenizer(ImageTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight that paints pixels."""
-        return (
-            self.decoder.head.smooth.weight if self.painter is None else self.painter.decoder.conv_out.weight
-        )
+        last = "decoder.head.smooth.weight" if self.painter is None else "painter.decoder.conv_out.weight"
+        return self.get_parameter(last)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Vectors (B, N, d) before quantization of pixels (B, 3, S, S); of a continuous tokenizer (B, N, 2 d)."""
@@ -224,7 +223,9 @@ class ImageLineTokenizer(ImageTokenizer):
         pixels = self.paint_vectors(vectors, text)
         return pixels.clamp(*self.pixel_range) if self.clamp else pixels
 
-    def paint_vectors(self, z: Tensor, text: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+    def paint_vectors(  # type: ignore[override]
+        self, z: Tensor, text: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """Pixels (B, 3, S, S), not clamped, of vectors (B, n, d).
 
         Args:
@@ -241,7 +242,7 @@ class ImageLineTokenizer(ImageTokenizer):
         return self.decoder(z, kept, text)
 
     @torch.no_grad()
-    def reconstruct(  # type: ignore[override]
+    def reconstruct(
         self, media: Any, text: Tensor | None = None, **options: Any
     ) -> Tensor:
         """Pixels after encoding and decoding, see `ImageTokenizer.reconstruct`; `text` as in `decode`, without tiles."""
@@ -249,7 +250,7 @@ class ImageLineTokenizer(ImageTokenizer):
             return super().reconstruct(media, **options)
         return self.decode(self.encode(media, **options), text)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, media: Any, text: Tensor | None = None, kept: Tensor | None = None
     ) -> tuple[Tensor, Quantized]:
         """Differentiable reconstruction (B, 3, S, S), not clamped, and what the quantizer returned.

@@ -88,12 +88,13 @@ class MaskTokenizer(Tokenizer):
         self.image_size, self.levels, self.channels = image_size, levels, channels
         self.soft_normalized, self.antialias = soft_normalized, antialias
         self.layout = Layout.line(levels)
-        options = {"codebook_size": 1024, "dim": 12, "normalize": True, "frozen": False}
+        options: dict[str, Any] = {"codebook_size": 1024, "dim": 12, "normalize": True, "frozen": False}
         options |= quantizer_options or {}
         check_options(SimVQ, options, "option of quantizer_options")
         self.quantizer = SimVQ(**options)
         codes, dim = self.quantizer.codebook_size, self.quantizer.dim
-        self.empty_code, self.full_code = (codes, codes + 1) if blank_codes else (None, None)
+        self.empty_code = codes if blank_codes else None
+        self.full_code = codes + 1 if blank_codes else None
         self.vocab_size = codes + 2 * blank_codes
         shape = RegisterConfig.of(encoder_config, "option of encoder_config")
         grid = shape.grid(image_size)
