@@ -119,6 +119,7 @@ def config_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "text": {"max_length": 8, "min_count": 2},
         "augment": {"flip": 0.5, "shift": 0.04, "scale": 0.06},
         "views": 2,
+        "code_cache": str(args.output / "codes"),
         "sampling": {
             "guidance_scale": args.guidance,
             "temperature": args.temperature,

@@ -21,9 +21,10 @@ from tokenloom import (
     TokenloomError,
     WordTokenizer,
 )
+from tokenloom.training.code_cache import encode_views
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, from_dict
 from tokenloom.training.families import FAMILIES
-from tokenloom.training.generator_task import GeneratorTask, cache_codes
+from tokenloom.training.generator_task import GeneratorTask
 from tokenloom.training.run import train_generator, train_tokenizer
 from tokenloom.training.tokenizer_task import TokenizerTask
 
@@ -348,7 +349,31 @@ def test_codes_are_cached_once_per_view(folder, trained, tmp_path):
     plain = task.tokenizer.encode(pixels.float() / 127.5 - 1)
     assert torch.equal(task.codes[:, 0].long(), plain)
     assert not torch.equal(task.codes[:, 1], task.codes[:, 0])
-    assert torch.equal(cache_codes(task.tokenizer, pixels, config, batch_size=12), task.codes)
+    assert torch.equal(encode_views(task.tokenizer, pixels, config, batch_size=12), task.codes)
+
+
+def test_codes_in_a_folder_are_read_again_until_anything_they_depend_on_changes(
+    folder, trained, tmp_path, monkeypatch
+):
+    calls: list[int] = []
+
+    def counted(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        return encode_views(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tokenloom.training.code_cache.encode_views", counted)
+    options = {"views": 2, "augment": {"shift": 0.3}, "code_cache": str(tmp_path / "codes")}
+    settings = generator_settings(folder, trained / "model", tmp_path, **options)
+    first, again = (GeneratorTask(from_dict(GeneratorConfig, settings)) for _ in range(2))
+    assert len(calls) == 1 and torch.equal(first.codes, again.codes)
+    changed = from_dict(GeneratorConfig, settings | {"augment": {"shift": 0.2}})
+    assert not torch.equal(GeneratorTask(changed).codes, first.codes)
+    with torch.no_grad():
+        again.tokenizer.from_code.bias.add_(1)
+    pixels = torch.stack([torch.from_numpy(picture_array(folder, item.file)) for item in first.captions])
+    cached_codes(again.tokenizer, pixels, first.config)
+    assert len(calls) == 3
+    assert len(list((tmp_path / "codes").iterdir())) == 3  # and no file that is half written
 
 
 def picture_array(root: Path, file: str) -> np.ndarray:

@@ -242,9 +242,7 @@ class ImageLineTokenizer(ImageTokenizer):
         return self.decoder(z, kept, text)
 
     @torch.no_grad()
-    def reconstruct(
-        self, media: Any, text: Tensor | None = None, **options: Any
-    ) -> Tensor:
+    def reconstruct(self, media: Any, text: Tensor | None = None, **options: Any) -> Tensor:
         """Pixels after encoding and decoding, see `ImageTokenizer.reconstruct`; `text` as in `decode`, without tiles."""
         if text is None:
             return super().reconstruct(media, **options)

@@ -275,6 +275,8 @@ class GeneratorConfig:
         text: Captions.
         augment: Random changes to the pictures; codes of `views` changed copies are computed once.
         views: Copies of each picture whose codes are cached; the first is the unchanged picture.
+        code_cache: Folder where these codes are kept, so that a resumed or a second run need not encode the pictures
+            again; `None` keeps them in memory alone.
         sample_prompts: Prompts of the sample grid.
         sampling: Preset stored with the model, as `TextToImagePipeline` takes it: guidance_scale, temperature, top_k, ...
         loop: Optimisation.
@@ -290,6 +292,7 @@ class GeneratorConfig:
     text: TextConfig = field(default_factory=TextConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     views: int = 1
+    code_cache: str | None = None
     sample_prompts: list[str] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)
     loop: LoopConfig = field(default_factory=LoopConfig)

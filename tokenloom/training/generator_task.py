@@ -19,45 +19,16 @@ from tokenloom.generators import orders
 from tokenloom.generators.base import Generator
 from tokenloom.media import save_image, sheet, to_pil
 from tokenloom.pipelines.text_to_image import TextToImagePipeline
-from tokenloom.tokenizers.image import ImageTokenizer
 from tokenloom.tokenizers.pixels import rescale
 from tokenloom.tokenizers.text import WordTokenizer
-from tokenloom.training.augment import augment
+from tokenloom.training.code_cache import cached_codes
 from tokenloom.training.config import GeneratorConfig
-from tokenloom.training.data import open_folder, open_tokenizer, square_side, to_float
+from tokenloom.training.data import open_folder, open_tokenizer, square_side
 from tokenloom.training.families import build_generator, family
 from tokenloom.training.loop import Task
 
 if TYPE_CHECKING:
     from tokenloom.generators.block_diffusion import BlockDiffusionGenerator
-
-
-@torch.no_grad()
-def cache_codes(
-    tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorConfig, batch_size: int = 256
-) -> Tensor:
-    """Codes of all pictures, `config.views` copies each.
-
-    Args:
-        tokenizer: The trained tokenizer.
-        pixels: uint8 (M, 3, S, S).
-        config: How many views and how they are changed; view 0 is the unchanged picture.
-        batch_size: Pictures encoded at once.
-
-    Returns:
-        int32 (M, views, N).
-    """
-    generator = torch.Generator().manual_seed(config.loop.seed)
-    views = []
-    for view in range(max(1, config.views)):
-        parts = []
-        for batch in pixels.split(batch_size):
-            values = to_float(batch)
-            values = augment(values, config.augment, generator) if view else values
-            values = rescale(values.to(tokenizer.device), (-1.0, 1.0), tokenizer.pixel_range)
-            parts.append(tokenizer.encode(values).int().cpu())
-        views.append(torch.cat(parts))
-    return torch.stack(views, dim=1)
 
 
 class GeneratorTask(Task):
@@ -79,7 +50,7 @@ class GeneratorTask(Task):
             " ".join((item.text, item.label or "", item.style or "", *item.tags)) for item in self.captions
         ]
         self.words = WordTokenizer.from_captions(every, config.text.max_length, config.text.min_count)
-        self.codes = cache_codes(self.tokenizer, folder.stack(), config)
+        self.codes = cached_codes(self.tokenizer, folder.stack(), config)
         self.size = len(self.codes)
         self.generator = self._build()
         self._check_loss()
