@@ -21,7 +21,7 @@ from tokenloom import (
     TokenloomError,
     WordTokenizer,
 )
-from tokenloom.training.code_cache import encode_views
+from tokenloom.training.code_cache import cached_codes, encode_views
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, from_dict
 from tokenloom.training.families import FAMILIES
 from tokenloom.training.generator_task import GeneratorTask
