@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -313,13 +313,13 @@ class MaskedLatentGenerator(ContinuousGenerator):
     ) -> tuple[Denoising, ...]:
         """How each step of the order is drawn."""
         steps = len(self.heads)
-        given = list(sampling) if isinstance(sampling, (list, tuple)) else [sampling] * steps
+        given: list[Any] = list(sampling) if isinstance(sampling, (list, tuple)) else [sampling] * steps
         if len(given) != steps:
             raise TokenloomError(
                 f"sampling holds {len(given)} entries for {steps} steps of the order; give one, or one each."
             )
         ways = [
-            Denoising.of(value, Denoising(head.config.steps, "ddpm"))
+            Denoising.of(value, Denoising(cast("DiffusionHead", head).config.steps, "ddpm"))
             for value, head in zip(given, self.heads, strict=True)
         ]
         for way in ways:

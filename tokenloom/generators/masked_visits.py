@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError
 from tokenloom.generators.continuous import Denoising, LatentNoise, LatentStep
-from tokenloom.generators.diffusion_head import process
+from tokenloom.generators.diffusion_head import DiffusionHead, process
 from tokenloom.generators.sampling import Guidance, guide
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _draw(
     scale: float,
 ) -> Tensor:
     """Tokens (B, m, C) at layout indices (B, m); where not `shown` (B, N), a map is held to what is known."""
-    head, way = model.heads[step], run.denoising[step]
+    head, way = cast("DiffusionHead", model.heads[step]), run.denoising[step]
     tables, offset = process(way.steps), visit * way.steps if head.whole_map else 0
     guided = len(z) != run.batch and scale != 1
     z = z if guided else z[: run.batch]
@@ -160,7 +160,12 @@ def _draw(
 
 def _mixer(scale: float) -> Callable[[Tensor], Tensor]:
     """Mixes the noise predicted by both halves."""
-    return lambda both: guide(*both.chunk(2), scale)
+
+    def mix(both: Tensor) -> Tensor:
+        conditional, null_half = both.chunk(2)
+        return guide(conditional, null_half, scale)
+
+    return mix
 
 
 def _put(latents: Tensor, drawn: Tensor, places: Tensor, where: Tensor) -> Tensor:
