@@ -62,10 +62,10 @@ def _fingerprint(tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorCon
     ]
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     found.update(f"{tuple(pixels.shape)}".encode())
-    found.update(pixels.contiguous().numpy())
+    found.update(pixels.contiguous().numpy().data)
     for name, value in sorted(tokenizer.state_dict().items()):
         found.update(name.encode())
-        found.update(value.detach().float().cpu().contiguous().numpy())
+        found.update(value.detach().float().cpu().contiguous().numpy().data)
     return found.hexdigest()[:32]
 
 
