@@ -198,7 +198,7 @@ def test_init_from_starts_with_the_weights_of_a_tokenizer(folder, trained, tmp_p
     loaded = ImageVQTokenizer.from_pretrained(trained / "model")
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(task.tokenizer.reconstruct(pixels), loaded.reconstruct(pixels))
-    with pytest.raises(TokenloomError, match="no image tokenizer in"):
+    with pytest.raises(TokenloomError, match="there is no such folder"):
         tokenizer_task({**values, "init_from": str(tmp_path / "nothing")})
 
 

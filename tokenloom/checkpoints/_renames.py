@@ -72,7 +72,10 @@ class Rename:
         if self.blocks:
             pieces = value.chunk(len(self.blocks))
             value = torch.cat([pieces[self.blocks.index(index)] for index in range(len(pieces))])
-        parts = value.split(self.sizes) if self.sizes else value.chunk(len(self.official))
+        if len(self.official) == 1:
+            parts: Sequence[Tensor] = (value,)  # may have no axis to cut
+        else:
+            parts = value.split(self.sizes) if self.sizes else value.chunk(len(self.official))
         ones = (1,) * self.leading, (1,) * self.trailing
         return {
             name: part.reshape(ones[0] + tuple(part.shape) + ones[1]).clone()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,10 +43,9 @@ def cached_codes(tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorCon
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         codes = encode_views(tokenizer, pixels, config)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.stem}-", dir=folder)
-        os.close(handle)
+        scratch = folder / f".{path.stem}-{os.getpid()}"
         save_file({"codes": codes.contiguous()}, scratch)
-        Path(scratch).replace(path)
+        scratch.replace(path)
     return load_file(path)["codes"]
 
 

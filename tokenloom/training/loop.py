@@ -255,7 +255,8 @@ class Trainer:
         (temporary / "progress.json").write_text(json.dumps({"step": self.step}))
         replace_folder(temporary, target)
         for old in self._checkpoints()[: -self.config.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            discarded = old.rename(root / f".{old.name}")  # so that a kill leaves no half of it under its name
+            shutil.rmtree(discarded, ignore_errors=True)
         model = self.output / ".model"
         shutil.rmtree(model, ignore_errors=True)
         model.mkdir()
