@@ -227,3 +227,20 @@ def test_wrong_codes_and_numbers_are_named():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(TokenloomError, match=message):
         build(**options)
+
+
+def test_squares_of_pixels_as_channels_keep_sizes_and_places():
+    torch.manual_seed(0)
+    tokenizer = ImageScaleTokenizer(
+        (1, 2, 4), channels=8, multipliers=(1, 2), blocks=1, norm_groups=4, patch=2
+    ).eval()
+    assert (tokenizer.stride, tokenizer.image_size) == (4, 16)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert tokenizer.reconstruct(pixels).shape == pixels.shape
+    vectors = tokenizer.features(pixels).detach()
+    before = tokenizer.paint_vectors(vectors)
+    vectors[:, 0] += 5  # the upper left place
+    change = (tokenizer.paint_vectors(vectors) - before).abs().mean((0, 1))
+    assert change[:4, :4].mean() > change[-4:, -4:].mean()
+    with pytest.raises(TokenloomError, match="patch"):
+        ImageScaleTokenizer((1, 2), patch=0)

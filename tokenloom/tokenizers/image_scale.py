@@ -47,6 +47,7 @@ class ImageScaleTokenizer(ImageTokenizer):
         quantizer_options: Its keyword options; by default a Euclidean codebook of 4,096 codes of `latent_channels`.
         pyramid_options: Keyword options of `tokenloom.tokenizers.quantizers.MultiScale`: phis, ratio, kernel, up,
             commitment, prefix_dropout.
+        patch: Side of the squares of pixels that count as channels, see `tokenloom.tokenizers.cnn.CNNConfig`.
 
     Example:
         >>> tokenizer = ImageScaleTokenizer((1, 2, 4, 8), channels=32)
@@ -71,9 +72,10 @@ class ImageScaleTokenizer(ImageTokenizer):
         quantizer_type: str = "vq",
         quantizer_options: dict[str, object] | None = None,
         pyramid_options: dict[str, Any] | None = None,
+        patch: int = 1,
     ) -> None:
         super().__init__()
-        shape = CNNConfig(channels, tuple(multipliers), blocks, latent_channels, norm_groups, form)
+        shape = CNNConfig(channels, tuple(multipliers), blocks, latent_channels, norm_groups, form, patch)
         self.stride = shape.stride
         self.layout = Layout.scales(side if isinstance(side, int) else (side[0], side[1]) for side in scales)
         rows, columns = self.layout.maps[-1]
