@@ -75,7 +75,9 @@ def test_published_sampling_is_translated() -> None:
             "guidance_start",
         }, name
         published = {key: value for key, value in one.sampling.items() if key.startswith(("cfg", "re_cfg"))}
-        if one.family in guided_families():  # a rule that is no simple schedule has no counterpart in a pipeline
+        if (
+            one.family in guided_families()
+        ):  # a rule that is no simple schedule has no counterpart in a pipeline
             simple = isinstance(official_guidance(one.family, **published).schedule, str)
             assert ("guidance_scale" in values) == (bool(published) and simple), name
     assert _sampling("dar", preset("D-AR-L-360K.pt").sampling) == {

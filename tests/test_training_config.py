@@ -108,7 +108,7 @@ def test_text_and_views_out_of_range_are_explained():
     with pytest.raises(TokenloomError, match=r"text\.max_length must be"):
         from_dict(TextConfig, {"max_length": 0}, "text")
     with pytest.raises(TokenloomError, match="views must be"):
-        from_dict(GeneratorConfig, {"output": "o", "tokenizer": "t", "data": {"root": "r"}, "views": 0})
+        from_dict(GeneratorConfig, {"output": "o", "tokenizer": "t", "data": {"root": "r"}, "views": -1})
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):

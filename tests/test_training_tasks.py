@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from tokenloom import (
     TokenloomError,
     WordTokenizer,
 )
+from tokenloom.training.augment import augment
 from tokenloom.training.code_cache import cached_codes, encode_views
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, from_dict
 from tokenloom.training.families import FAMILIES
 from tokenloom.training.generator_task import GeneratorTask
+from tokenloom.training.loop import Trainer
 from tokenloom.training.run import train_generator, train_tokenizer
 from tokenloom.training.tokenizer_task import TokenizerTask
 
@@ -374,6 +377,41 @@ def test_codes_in_a_folder_are_read_again_until_anything_they_depend_on_changes(
     cached_codes(again.tokenizer, pixels, first.config)
     assert len(calls) == 3
     assert len(list((tmp_path / "codes").iterdir())) == 3  # and no file that is half written
+
+
+def test_without_views_every_batch_is_changed_and_encoded_anew(folder, trained, tmp_path):
+    values = generator_settings(folder, trained / "model", tmp_path, views=0, augment={"shift": 0.3})
+    task = GeneratorTask(from_dict(GeneratorConfig, values))
+    first, again, other = (
+        task.batch(torch.arange(12), torch.Generator().manual_seed(seed))["codes"] for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    pixels = torch.stack([torch.from_numpy(picture_array(folder, item.file)) for item in task.captions])
+    changed = augment(pixels.float() / 127.5 - 1, task.config.augment, torch.Generator().manual_seed(1))
+    assert torch.equal(first, task.tokenizer.encode(changed))
+
+
+def test_the_loss_of_held_out_pictures_is_logged_with_every_sheet(folder, trained, tmp_path):
+    copy = tmp_path / "pictures"
+    shutil.copytree(folder, copy)
+    lines = (copy / "captions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | ({"split": "val"} if index < 5 else {}) for index, line in enumerate(lines)]
+    (copy / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = generator_settings(copy, trained / "model", tmp_path / "run", held_out="val")
+    config = from_dict(GeneratorConfig, values)
+    task = GeneratorTask(config)
+    assert task.size == len(lines) - 5
+    Trainer(task, config.loop, tmp_path / "run").run()
+    found = [row["held_out"] for row in log_rows(tmp_path / "run") if "held_out" in row]
+    pictures = [picture_array(copy, row["file"]) for row in rows[:5]]
+    codes = task.tokenizer.encode(
+        torch.stack([torch.from_numpy(one) for one in pictures]).float() / 127.5 - 1
+    )
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "run" / "model")
+    expected = pipe.generator.loss(codes, pipe.text_tokenizer([row["text"] for row in rows[:5]]))
+    assert found[-1] == pytest.approx(float(expected), abs=1e-4)
+    with pytest.raises(TokenloomError, match="vall"):
+        GeneratorTask(from_dict(GeneratorConfig, values | {"held_out": "vall"}))
 
 
 def picture_array(root: Path, file: str) -> np.ndarray:

@@ -80,9 +80,10 @@ class CNNConfig:
         """
         if self.form not in FORMS:
             raise unknown_name("form of a convolutional tokenizer", self.form, FORMS)
-        if not self.multipliers or min(
-            self.channels, self.blocks, self.latent, self.patch, *self.multipliers
-        ) < 1:
+        if (
+            not self.multipliers
+            or min(self.channels, self.blocks, self.latent, self.patch, *self.multipliers) < 1
+        ):
             raise TokenloomError(
                 "channels, blocks, latent, patch and every one of multipliers must be at least 1, got "
                 f"{self.channels}, {self.blocks}, {self.latent}, {self.patch} and {list(self.multipliers)}."

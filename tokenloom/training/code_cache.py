@@ -68,6 +68,13 @@ def _fingerprint(tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorCon
 
 
 @torch.no_grad()
+def encode_pixels(tokenizer: ImageTokenizer, pixels: Tensor) -> Tensor:
+    """Codes int32 (B, N) on the CPU of pixels (B, 3, S, S) in [-1, 1]."""
+    values = rescale(pixels.to(tokenizer.device), (-1.0, 1.0), tokenizer.pixel_range)
+    return tokenizer.encode(values).int().cpu()
+
+
+@torch.no_grad()
 def encode_views(
     tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorConfig, batch_size: int = 256
 ) -> Tensor:
@@ -89,7 +96,6 @@ def encode_views(
         for batch in pixels.split(batch_size):
             values = to_float(batch)
             values = augment(values, config.augment, generator) if view else values
-            values = rescale(values.to(tokenizer.device), (-1.0, 1.0), tokenizer.pixel_range)
-            parts.append(tokenizer.encode(values).int().cpu())
+            parts.append(encode_pixels(tokenizer, values))
         views.append(torch.cat(parts))
     return torch.stack(views, dim=1)

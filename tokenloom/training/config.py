@@ -274,7 +274,10 @@ class GeneratorConfig:
         loss: Published details of training.
         text: Captions.
         augment: Random changes to the pictures; codes of `views` changed copies are computed once.
-        views: Copies of each picture whose codes are cached; the first is the unchanged picture.
+        views: Copies of each picture whose codes are cached; the first is the unchanged picture. 0 changes and encodes
+            every picture anew each time: slower, but a long training does not learn two copies by heart.
+        held_out: Split of the data whose loss is logged as "held_out" with every sample grid; `None` = none. If it rises
+            while the training loss falls, the model learns pictures by heart.
         code_cache: Folder where these codes are kept, so that a resumed or a second run need not encode the pictures
             again; `None` keeps them in memory alone.
         sample_prompts: Prompts of the sample grid.
@@ -293,13 +296,14 @@ class GeneratorConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     views: int = 1
     code_cache: str | None = None
+    held_out: str | None = None
     sample_prompts: list[str] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)
     loop: LoopConfig = field(default_factory=LoopConfig)
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        _check_range("views", self.views, 1)
+        _check_range("views", self.views, 0)
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:

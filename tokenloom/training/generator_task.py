@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import random
 from pathlib import Path
@@ -21,14 +22,18 @@ from tokenloom.media import save_image, sheet, to_pil
 from tokenloom.pipelines.text_to_image import TextToImagePipeline
 from tokenloom.tokenizers.pixels import rescale
 from tokenloom.tokenizers.text import WordTokenizer
-from tokenloom.training.code_cache import cached_codes
+from tokenloom.training.augment import augment
+from tokenloom.training.code_cache import cached_codes, encode_pixels, encode_views
 from tokenloom.training.config import GeneratorConfig
-from tokenloom.training.data import open_folder, open_tokenizer, square_side
+from tokenloom.training.data import open_folder, open_tokenizer, square_side, to_float
 from tokenloom.training.families import build_generator, family
 from tokenloom.training.loop import Task
 
 if TYPE_CHECKING:
     from tokenloom.generators.block_diffusion import BlockDiffusionGenerator
+
+
+_HELD_OUT, _HELD_OUT_BATCH = 256, 32
 
 
 class GeneratorTask(Task):
@@ -50,12 +55,37 @@ class GeneratorTask(Task):
             " ".join((item.text, item.label or "", item.style or "", *item.tags)) for item in self.captions
         ]
         self.words = WordTokenizer.from_captions(every, config.text.max_length, config.text.min_count)
-        self.codes = cached_codes(self.tokenizer, folder.stack(), config)
+        self.pixels = folder.stack() if config.views == 0 else None
+        self.codes = cached_codes(
+            self.tokenizer, folder.stack(), config
+        )  # with views = 0, of the unchanged pictures
         self.size = len(self.codes)
+        self.unseen = self._held_out()
         self.generator = self._build()
         self._check_loss()
         self._grow(0)
         self.module = self.generator.train()
+
+    def _held_out(self) -> list[tuple[Tensor, Tensor]]:
+        """Batches of codes and words of at most `_HELD_OUT` pictures of the held-out split, evenly spread."""
+        if self.config.held_out is None:
+            return []
+        data = dataclasses.replace(self.config.data, split=self.config.held_out)
+        folder = open_folder(data, square_side(self.tokenizer))
+        chosen = torch.linspace(0, len(folder) - 1, min(len(folder), _HELD_OUT)).long()
+        settings = dataclasses.replace(self.config, views=1, code_cache=None)
+        codes = encode_views(self.tokenizer, folder.stack()[chosen], settings)[:, 0].long()
+        words = self.words([folder.captions[index].text for index in chosen.tolist()])
+        return list(zip(codes.split(_HELD_OUT_BATCH), words.split(_HELD_OUT_BATCH), strict=True))
+
+    def held_out(self) -> dict[str, float]:
+        """Mean loss of the held-out pictures, in nats a token."""
+        if not self.unseen:
+            return {}
+        device, total = self.generator.device, 0.0
+        for codes, words in self.unseen:
+            total += len(codes) * float(self.generator.loss(codes.to(device), words.to(device)))
+        return {"held_out": total / sum(len(codes) for codes, _ in self.unseen)}
 
     def _build(self) -> Generator:
         config = self.config
@@ -124,10 +154,15 @@ class GeneratorTask(Task):
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Codes of a random view and ids of a random caption of each picture."""
-        views = torch.randint(self.codes.shape[1], (len(indices),), generator=generator)
+        if self.pixels is None:
+            views = torch.randint(self.codes.shape[1], (len(indices),), generator=generator)
+            codes = self.codes[indices, views].long()
+        else:
+            changed = augment(to_float(self.pixels[indices]), self.config.augment, generator)
+            codes = encode_pixels(self.tokenizer, changed).long()
         rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
         texts = [self._caption(int(index), rng) for index in indices]
-        return {"codes": self.codes[indices, views].long(), "condition": self.words(texts)}
+        return {"codes": codes, "condition": self.words(texts)}
 
     def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy in nats a token."""

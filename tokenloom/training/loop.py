@@ -61,6 +61,10 @@ class Task(ABC):
     def save(self, folder: Path) -> None:
         """Writes `self.module` as a loadable model into an empty folder."""
 
+    def held_out(self) -> dict[str, float]:
+        """Figures on samples that are not trained on, logged with every sample grid; the averaged weights are in place."""
+        return {}
+
     def prepare(self, accelerator: Accelerator) -> None:  # noqa: B027  (an optional hook)
         """Called once before the first step; may prepare further modules and optimizers."""
 
@@ -255,7 +259,9 @@ class Trainer:
         (temporary / "progress.json").write_text(json.dumps({"step": self.step}))
         replace_folder(temporary, target)
         for old in self._checkpoints()[: -self.config.keep]:
-            discarded = old.rename(root / f".{old.name}")  # so that a kill leaves no half of it under its name
+            discarded = old.rename(
+                root / f".{old.name}"
+            )  # so that a kill leaves no half of it under its name
             shutil.rmtree(discarded, ignore_errors=True)
         model = self.output / ".model"
         shutil.rmtree(model, ignore_errors=True)
@@ -267,7 +273,21 @@ class Trainer:
         if self.accelerator.is_main_process:
             folder = self.output / "samples"
             folder.mkdir(exist_ok=True)
-            self._with_average(lambda: self.task.samples(folder / f"step-{self.step:08d}.png"))
+            figures: dict[str, float] = {}
+
+            def look() -> None:
+                self.task.samples(folder / f"step-{self.step:08d}.png")
+                figures.update(self.task.held_out())
+
+            self._with_average(look)
+            if figures:
+                self._write_row({"step": self.step, **figures})
+                shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
+                self.accelerator.print(f"step {self.step}/{self.config.steps}  {shown}")
+
+    def _write_row(self, row: dict[str, float]) -> None:
+        with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "time": round(time.time(), 1)}) + "\n")
 
     def _train_step(self, batches: Iterator[Tensor], rank: int) -> dict[str, Tensor]:
         config, device = self.config, self.accelerator.device
@@ -371,8 +391,7 @@ class Trainer:
         row: dict[str, float] = {"step": self.step, "samples_per_second": round(rate, 1)}
         row["learning_rate"] = self.schedule.get_last_lr()[0]
         row.update({key: float(f"{float(value):.5g}") for key, value in logs.items()})
-        with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "time": round(time.time(), 1)}) + "\n")
+        self._write_row(row)
         text = f"loss {row['loss']:.4f}  {rate:.0f} samples/s"
         progress.update(bar, description=text)
         if not progress.console.is_terminal:
