@@ -39,6 +39,7 @@ _EXPORTS = {
     "TextToImagePipeline": "tokenloom.pipelines.text_to_image",
     "Tokenizer": "tokenloom.tokenizers.base",
     "TokenloomError": "tokenloom.errors",
+    "VideoTokenizer": "tokenloom.tokenizers.video",
     "WordTokenizer": "tokenloom.tokenizers.text",
 }
 _MODULES = {"models": "tokenloom.models", "orders": "tokenloom.generators.orders"}
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
     from tokenloom.tokenizers.mask import MaskTokenizer as MaskTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
+    from tokenloom.tokenizers.video import VideoTokenizer as VideoTokenizer
 
 __all__ = [
     "BlockDiffusionGenerator",
@@ -98,6 +100,7 @@ __all__ = [
     "TextToImagePipeline",
     "Tokenizer",
     "TokenloomError",
+    "VideoTokenizer",
     "WordTokenizer",
     "__version__",
     "models",

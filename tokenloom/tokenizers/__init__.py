@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Quantized": "quantizers",
         "Tokenizer": "base",
         "VQ": "quantizers",
+        "VideoTokenizer": "video",
         "WordTokenizer": "text",
         "load_tokenizer": "registry",
         "boxes_to_codes": "boxes",
