@@ -30,5 +30,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "TransformerConfig": "transformer",
         "guide": "sampling",
         "sample_tokens": "sampling",
+        "slide": "sliding",
     },
 )

@@ -16,7 +16,6 @@ from torch import Tensor
 from tokenloom.errors import TokenloomError
 from tokenloom.tokenizers.base import Tokenizer
 
-
 PAINTED = ("image", "video")
 """Modalities whose media are pixels, which have a range."""
 
