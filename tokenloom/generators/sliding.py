@@ -78,13 +78,13 @@ def slide(
                 given += 1
             if begun.shape[1] >= length * positions:  # too much for one window: only the end counts
                 known = begun[:, -shared * positions :]
-        window = 0
+        noise = noise_seeds
         while given != limit:
             first = 0 if known is None else known.shape[1]
             codes = generator.generate(
                 condition,
                 batch_size=batch,
-                seeds=noise_seeds + window * _NEXT_WINDOW,
+                seeds=noise,
                 **_kept(generator, known, batch),
                 **options,
             )
@@ -96,7 +96,7 @@ def slide(
             known = codes[:, -shared * positions :].clone()
             if renew is not None:
                 known = _check_renewed(renew(known), known)
-            window += 1
+            noise = noise + _NEXT_WINDOW  # modulo 2**64
 
     return windows()
 
