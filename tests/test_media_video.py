@@ -80,10 +80,10 @@ def test_clips_that_are_too_long_are_refused(tmp_path: Path) -> None:
     path = save_clip(ball(9), tmp_path / "long.gif")
     with pytest.raises(TokenloomError, match="at most 8 frames"):
         read_clip(path, max_frames=8)
-    Image.new("P", (1, 1)).save(
+    Image.new("L", (1, 1)).save(
         tmp_path / "many.gif",
         save_all=True,
-        append_images=[Image.new("P", (1, 1), index % 2) for index in range(1, 10_000)],
+        append_images=[Image.new("L", (1, 1), index % 2 * 255) for index in range(1, 10_000)],
         duration=20,
     )
     with pytest.raises(TokenloomError, match="at most 4,096 frames"):
