@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenloom.checkpoints import from_official, to_official
 from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer
+from tokenloom.tokenizers.video import VideoTokenizer
 
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -131,6 +132,24 @@ def _cnn(family: str, config: Config) -> Shapes:
     return {name: tuple(value.shape) for name, value in to_official(tokenizer).items()}
 
 
+def _video(config: Config) -> Shapes:
+    """Names by way of a tokenizer of this size, as those of `_cnn`."""
+    blocks = config["blocks"]
+    tokenizer = VideoTokenizer(
+        config["image_size"],
+        config["frames"],
+        patch=1,
+        widths=[width // config["width_divisor"] for width in (128, 256, 256, 512)],
+        strides=[(1, 2, 2), (2, 2, 2), (2, 2, 2)],
+        blocks=[blocks, blocks, blocks, 2 * blocks],
+        up_kernel=3,
+        norm_groups=config["norm_groups"],
+        quantizer_options={"levels": config["fsq_levels"], "bound": "tan"},
+    )
+    tokenizer.official_family = "nbp_video"  # type: ignore[assignment]
+    return {name: tuple(value.shape) for name, value in to_official(tokenizer).items()}
+
+
 _SHAPES: dict[str, Any] = {
     "dar": _llama,
     "llamagen": _llama,
@@ -140,6 +159,7 @@ _SHAPES: dict[str, Any] = {
     "nar": _nar,
     "nar_video": _nar_video,
     "nbp": _nbp,
+    "nbp_video": _video,
     "par": _par,
     "var": _var,
 }

@@ -24,7 +24,6 @@ LATER = {
     "himtok",
     "infinity_bsq",
     "mar",
-    "nbp_video",
     "tatitok",
     "titok",
     "var_vq",

@@ -45,6 +45,7 @@ _EXPORTS = {
     "Tokenizer": "tokenloom.tokenizers.base",
     "TokenloomError": "tokenloom.errors",
     "TwoLevelGenerator": "tokenloom.generators.two_level",
+    "VideoTokenizer": "tokenloom.tokenizers.video",
     "WordTokenizer": "tokenloom.tokenizers.text",
 }
 _MODULES = {"models": "tokenloom.models", "orders": "tokenloom.generators.orders"}
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
     from tokenloom.tokenizers.mask import MaskTokenizer as MaskTokenizer
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
+    from tokenloom.tokenizers.video import VideoTokenizer as VideoTokenizer
 
 __all__ = [
     "AudioTokenizer",
@@ -116,6 +118,7 @@ __all__ = [
     "Tokenizer",
     "TokenloomError",
     "TwoLevelGenerator",
+    "VideoTokenizer",
     "WordTokenizer",
     "__version__",
     "models",

@@ -39,6 +39,7 @@ _ADAPTERS: dict[str, str] = {
     "nar": "nar",
     "nar_video": "nar",
     "nbp": "nbp",
+    "nbp_video": "nbp_video",
     "par": "par",
     "tatitok": "titok",
     "titok": "titok",

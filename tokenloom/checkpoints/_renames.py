@@ -84,8 +84,8 @@ class Rename:
 
 
 def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights themselves, of a published container that keeps them under "ema", "model" or "state_dict"."""
-    for key in ("ema", "model", "state_dict"):
+    """The weights themselves, of a published container that keeps them under "ema", "model", "state_dict" or the like."""
+    for key in ("ema", "model", "state_dict", "model_state_dict"):
         if isinstance(inside := state.get(key), Mapping):
             return dict(inside)
     return state

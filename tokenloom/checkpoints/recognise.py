@@ -47,6 +47,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "nar": _LLAMA,
     "nar_video": ("n_layer", "n_head", "latent_shape"),
     "nbp": ("n_layer", "n_head", "num_tokens", "token_number_per_step", "first_stage_vocab_size"),
+    "nbp_video": ("fsq_levels",),
     "par": (*_LLAMA, "ar_token_num"),
     "var": ("patch_nums",),
 }

@@ -33,5 +33,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "TwoLevelGenerator": "two_level",
         "guide": "sampling",
         "sample_tokens": "sampling",
+        "slide": "sliding",
     },
 )

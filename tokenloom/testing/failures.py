@@ -16,6 +16,9 @@ from torch import Tensor
 from tokenloom.errors import TokenloomError
 from tokenloom.tokenizers.base import Tokenizer
 
+PAINTED = ("image", "video")
+"""Modalities whose media are pixels, which have a range."""
+
 
 class TokenizerCheckError(TokenloomError, AssertionError):
     """Raised when a tokenizer breaks its contract; the message lists every failure with advice.
@@ -72,9 +75,9 @@ class Bench:
         return (self.high - self.low) / 510
 
     def limit(self, media: Tensor) -> Tensor:
-        """Media clamped to the range of images; other media have none that is known."""
-        is_image = getattr(self.tokenizer, "modality", None) == "image"
-        return media.clamp(self.low, self.high) if is_image else media
+        """Media clamped to the range of pixels; other media have none that is known."""
+        is_painted = getattr(self.tokenizer, "modality", None) in PAINTED
+        return media.clamp(self.low, self.high) if is_painted else media
 
     def encode(self, media: Tensor) -> Tensor:
         """Codes without a gradient."""

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from tokenloom.errors import TokenloomError
 from tokenloom.testing import checks, places, prefixes
-from tokenloom.testing.failures import Bench, Failure, TokenizerCheckError, evaluation, sample_pictures
+from tokenloom.testing.failures import (
+    PAINTED,
+    Bench,
+    Failure,
+    TokenizerCheckError,
+    evaluation,
+    sample_pictures,
+)
 from tokenloom.tokenizers.base import Tokenizer
 
 CHECKS: dict[str, Callable[[Bench], None]] = {
@@ -67,7 +74,7 @@ def check_tokenizer(
         torch.manual_seed(seed)
         samples, bounds = _samples(tokenizer, media, seed, batch_size)
         # a tokenizer may say with clamp=False that its output is not limited
-        limited = getattr(tokenizer, "modality", None) == "image" and getattr(tokenizer, "clamp", True)
+        limited = getattr(tokenizer, "modality", None) in PAINTED and getattr(tokenizer, "clamp", True)
         failures, ran = _run(tokenizer, samples, bounds, bool(limited))
     if failures:
         raise TokenizerCheckError(type(tokenizer).__name__, failures)

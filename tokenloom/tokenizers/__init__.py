@@ -28,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Quantized": "quantizers",
         "Tokenizer": "base",
         "VQ": "quantizers",
+        "VideoTokenizer": "video",
         "WordTokenizer": "text",
         "boxes_to_codes": "boxes",
         "codes_to_boxes": "boxes",
