@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -89,7 +89,9 @@ def _renames(module: VideoTokenizer) -> list[Rename]:
     ):
         flat: list[tuple[str, nn.Module | None]] = [("conv_in", network.conv_in)]
         for level, units in enumerate(network.levels):
-            flat += [(f"levels.{level}.{index}", unit) for index, unit in enumerate(units)]  # type: ignore[arg-type]
+            flat += [
+                (f"levels.{level}.{index}", unit) for index, unit in enumerate(cast("nn.ModuleList", units))
+            ]
             if level < len(steps):
                 step = "down" if side == "encoder" else "up"
                 flat.append((f"{step}.{level}", steps[level]))

@@ -141,7 +141,7 @@ def _check_start(start: Tensor | None, generator: Generator, batch: int, positio
     return start.to(generator.device).expand(batch, -1)
 
 
-def _kept(generator: Generator, known: Tensor | None, batch: int) -> dict[str, Tensor]:
+def _kept(generator: Generator, known: Tensor | None, batch: int) -> dict[str, Any]:
     """`known` and `keep` of a window that begins with the frames of `known`."""
     if known is None:
         return {}

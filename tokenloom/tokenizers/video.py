@@ -107,7 +107,7 @@ class VideoTokenizer(Tokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight that paints pixels."""
-        return self.decoder.conv_out.weight
+        return self.get_parameter("decoder.conv_out.weight")
 
     def codes_frames(self, frames: int) -> int:
         """Frames of codes t of a clip of `frames` frames.
