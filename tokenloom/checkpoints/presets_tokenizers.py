@@ -116,7 +116,14 @@ def _other_pictures() -> dict[str, Preset]:
     dar |= {"vq_dim": 8, "vq_codebook_size": 16384, "vq_enable": True, "sampling_resolution": 256}
     dar |= {"num_denoising_steps": 8, "num_query_groups": 8, "num_all_queries": 256, "queries_per_step": 32}
     dar["diff_decoder"] = {**painter, "repa_layer": 8}
-    made["D-AR-tokenizer_v1.pt"] = Preset("dar_tokenizer", dar, "MIT", {}, "300M", _SIGNED)
+    made["D-AR-tokenizer_v1.pt"] = Preset(
+        "dar_tokenizer",
+        dar,
+        "MIT",
+        parameters="307.4M",
+        pixel_range=_SIGNED,
+        note="published as 300M: without the layers that align features in training",
+    )
     video: Config = {"width_divisor": 1, "norm_groups": 32, "blocks": 4, "image_size": 128, "frames": 17}
     for data in ("ucf", "k600"):
         made[f"NBP-tokenizer-{data}"] = Preset(
