@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from accelerate import init_empty_weights
 from official_latents import himar, mar, xar
-from official_tokenizers import MAKERS
+from official_tokenizers import HUB, MAKERS
 from torch import Tensor, nn
 
 from tokenloom.checkpoints import from_official, to_official
@@ -155,6 +155,8 @@ def _as_it_is(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
 def model_of(family: str, config: Config) -> nn.Module:
     """The module that an official checkpoint of these arguments becomes, without values."""
     with no_values():
+        if family in HUB:  # transformers copies weights when it loads them, and there are none to copy
+            return MAKERS[family](config)
         shapes: Shapes = _SHAPES[family](config)
         state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         return from_official(family, state, config)

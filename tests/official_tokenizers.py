@@ -186,3 +186,5 @@ MAKERS: dict[str, Any] = {
     "var_vq": _var,
 }
 """Family -> a tokenizer of ours of the sizes of official arguments."""
+HUB = ("dac", "encodec", "mimi")
+"""Families that transformers builds and loads."""
