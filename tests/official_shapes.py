@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from accelerate import init_empty_weights
+from official_latents import himar, mar, xar
+from official_tokenizers import HUB, MAKERS
 from torch import Tensor, nn
 
 from tokenloom.checkpoints import from_official, to_official
-from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer
 from tokenloom.tokenizers.video import VideoTokenizer
 
 Config = Mapping[str, Any]
@@ -112,23 +114,10 @@ def _var(config: Config) -> Shapes:
     return shapes
 
 
-def _cnn(family: str, config: Config) -> Shapes:
+def _tokenizer(family: str, config: Config) -> Shapes:
     """Names by way of a tokenizer of this size, as the names alone do not follow from the arguments."""
-    llamagen = family == "llamagen_vq"
-    sizes = ("codebook_size", "codebook_embed_dim", "z_channels") if llamagen else ("codebook", "z", "z")
-    codes, dim, latent = (config[key] for key in sizes)
-    tokenizer = ImageCNNTokenizer(
-        config["image_size"],
-        config["ch"],
-        config["ch_mult"],
-        config["num_res_blocks" if llamagen else "blocks"],
-        latent,
-        config["norm_groups"],
-        form="taming" if llamagen else "maskgit",
-        project=llamagen,
-        quantizer_options={"codebook_size": codes, "dim": dim},
-    )
-    tokenizer.official_family = family  # type: ignore[assignment]
+    tokenizer = MAKERS[family](config)
+    tokenizer.official_family = family
     return {name: tuple(value.shape) for name, value in to_official(tokenizer).items()}
 
 
@@ -153,8 +142,8 @@ def _video(config: Config) -> Shapes:
 _SHAPES: dict[str, Any] = {
     "dar": _llama,
     "llamagen": _llama,
-    "llamagen_vq": lambda config: _cnn("llamagen_vq", config),
-    "maskgit_vqgan": lambda config: _cnn("maskgit_vqgan", config),
+    "himar": himar,
+    "mar": mar,
     "mvar": _var,
     "nar": _nar,
     "nar_video": _nar_video,
@@ -162,6 +151,8 @@ _SHAPES: dict[str, Any] = {
     "nbp_video": _video,
     "par": _par,
     "var": _var,
+    "xar": xar,
+    **{family: partial(_tokenizer, family) for family in MAKERS},
 }
 FAMILIES = frozenset(_SHAPES)
 
@@ -184,6 +175,8 @@ def _as_it_is(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
 def model_of(family: str, config: Config) -> nn.Module:
     """The module that an official checkpoint of these arguments becomes, without values."""
     with no_values():
+        if family in HUB:  # transformers copies weights when it loads them, and there are none to copy
+            return MAKERS[family](config)
         shapes: Shapes = _SHAPES[family](config)
         state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         return from_official(family, state, config)

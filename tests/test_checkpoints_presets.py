@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from official_shapes import FAMILIES, model_of
@@ -16,30 +18,26 @@ from tokenloom.checkpoints.presets import PRESETS, find_preset, preset
 from tokenloom.checkpoints.recognise import check_config
 from tokenloom.generators import Guidance
 
-LATER = {
-    "dac_original",
-    "dar_tokenizer",
-    "flextok",
-    "himar",
-    "himtok",
-    "infinity_bsq",
-    "mar",
-    "tatitok",
-    "titok",
-    "var_vq",
-    "xar",
-}
-"""Families whose presets are built by the tests of the family itself, or that no adapter of this version holds."""
 BUILT = [name for name, one in PRESETS.items() if one.family in FAMILIES]
 
 
 def test_every_preset_is_of_a_known_family() -> None:
-    assert {one.family for one in PRESETS.values()} <= FAMILIES | LATER
+    assert {one.family for one in PRESETS.values()} <= FAMILIES
     assert FAMILIES <= set(families())
-    assert len(BUILT) > 40
+    assert len(BUILT) > 80
     for name, one in PRESETS.items():
         assert one.licence and one.config, name
         check_config(one.family, one.config)
+
+
+def tokens_of(config: Mapping[str, Any]) -> int:
+    """Tokens of a sample, by the arguments that say it in the one or the other family."""
+    if "patch_nums" in config:
+        return sum(side**2 for side in config["patch_nums"])
+    if "img_size" in config:
+        large = config["img_size"] // config["vae_stride"] // config["patch_size"]
+        return large**2 + config.get("cond_scale", 0) ** 2
+    return config.get("num_tokens") or config["block_size"]
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -56,9 +54,7 @@ def test_presets_build_models_of_the_published_size(name: str) -> None:
     else:
         assert count > 1e7
     if hasattr(model, "order"):
-        sides = one.config.get("patch_nums")
-        size = one.config.get("num_tokens") or one.config.get("block_size")
-        assert model.order.layout.size == (sum(side**2 for side in sides) if sides else size)
+        assert model.order.layout.size == tokens_of(one.config)
 
 
 def test_published_sampling_is_translated() -> None:

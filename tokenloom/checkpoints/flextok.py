@@ -159,7 +159,7 @@ def _autoencoder(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
         "layers_per_block": 1 + max(index for _, index, _ in found),
         "latent_channels": state[f"{_VAE}decoder.conv_in.weight"].shape[1],
         "norm_num_groups": int(settings.get("norm_num_groups") or 32),
-        "scaling_factor": float(settings.get("scaling_factor") or 0.18215),
+        "scaling_factor": float(setting("flextok", settings, "scaling_factor")),
     }
 
 

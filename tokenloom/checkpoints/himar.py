@@ -59,20 +59,18 @@ def _map_head(ours: str, depth: int) -> list[Rename]:
     return renames
 
 
-def _renames(family: str, state: Mapping[str, Tensor]) -> list[Rename]:
+def _renames(module: nn.Module) -> list[Rename]:
     renames = [
-        *mar.trunk_renames(state, family, 2),
+        *mar.trunk_renames(module, 2),
         *mar.pairs("network.embeds.0", "cond_proj"),
         *mar.pairs("network.embeds.1", "z_proj"),
         *mar.pairs("network.contexts.0", "cond_z_proj"),
         Rename.of("network.absent", "cond_tokens", leading=1),
-        *mar.row_head_renames(
-            "heads.0.network", "diffloss.net", mar.depth_of(state, "diffloss.net.res_blocks.")
-        ),
-        *_map_head("heads.1.network", mar.depth_of(state, f"{_MAP}.blocks.")),
+        *mar.row_head_renames("heads.0.network", "diffloss.net", mar.blocks_of(module, "heads.0.network")),
+        *_map_head("heads.1.network", mar.blocks_of(module, "heads.1.network.transformer")),
     ]
     for side in ("encoder", "decoder"):
-        renames += _side(side, mar.depth_of(state, f"{side}_blocks."))
+        renames += _side(side, mar.blocks_of(module, f"network.{side}"))
     return renames
 
 
@@ -108,16 +106,15 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
         },
         **mar.condition_options(family, state, 2, layout.size),
     )
-    renames = _renames(family, state)
-    kept: Any = load(model, family, state, renames, (_UNUSED.replace(".", r"\."),))
-    kept.official_renames, kept.official_unused = renames, state.get(_UNUSED)
+    kept: Any = load(model, family, state, _renames(model), (_UNUSED.replace(".", r"\."),))
+    kept.official_unused = state.get(_UNUSED)  # a table that no tensor of ours holds
     return model
 
 
 def to_official(family: str, module: nn.Module) -> dict[str, Tensor]:
     """The official state dict, with the position table that no official code reads."""
     model: Any = module
-    official = unload(module, model.official_renames)
+    official = unload(module, _renames(module))
     unused = model.official_unused
     official[_UNUSED] = torch.zeros_like(official[f"{_MAP}.pos_embed"]) if unused is None else unused
     return official

@@ -181,7 +181,7 @@ def _infinity(state: dict[str, Tensor], config: Mapping[str, Any]) -> ImageScale
     )
     kept: Any = module  # what of the official names no tensor of ours tells
     kept.official_phis = []
-    kept.official_bare = {name for name in state if re.search(r"\.(weight|bias)$", name)}
+    kept.official_bare = sorted(name for name in state if re.search(r"\.(weight|bias)$", name))
     kept.official_masks = [name for name in _MASKS if name in state]
     return module
 

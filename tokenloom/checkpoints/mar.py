@@ -71,9 +71,14 @@ def row_head_renames(ours: str, official: str, depth: int) -> list[Rename]:
     return renames
 
 
-def trunk_renames(state: Mapping[str, Tensor], family: str, stages: int) -> list[Rename]:
+def blocks_of(module: nn.Module, name: str) -> int:
+    """How many blocks stand in a list of a module."""
+    return len(module.get_submodule(f"{name}.blocks"))  # type: ignore[arg-type]
+
+
+def trunk_renames(module: nn.Module, stages: int) -> list[Rename]:
     """What MAR and Hi-MAR have in common: everything but projections of tokens and heads."""
-    classes = len(tensor(family, state, "class_emb.weight"))
+    classes = len(module.get_parameter("condition.table.weight")) - 1
     renames = [
         Rename.of("condition.table.weight", "class_emb.weight", "fake_latent", sizes=(classes, 1)),
         Rename.of("network.encoder_places", "encoder_pos_embed_learned", leading=1, folded=stages),
@@ -84,7 +89,7 @@ def trunk_renames(state: Mapping[str, Tensor], family: str, stages: int) -> list
         *pairs("network.bridge", "decoder_embed"),
     ]
     for side in _SIDES:
-        renames += side_renames(side, depth_of(state, f"{side}_blocks."))
+        renames += side_renames(side, blocks_of(module, f"network.{side}"))
     return renames
 
 
@@ -150,12 +155,11 @@ def condition_options(family: str, state: Mapping[str, Tensor], stages: int, siz
     return {"condition_config": {"kind": "class", "num_classes": classes}, "prefix_repeats": rows}
 
 
-def _renames(family: str, state: Mapping[str, Tensor]) -> list[Rename]:
-    depth = depth_of(state, "diffloss.net.res_blocks.")
+def _renames(module: nn.Module) -> list[Rename]:
     return [
-        *trunk_renames(state, family, 1),
+        *trunk_renames(module, 1),
         *pairs("network.embeds.0", "z_proj"),
-        *row_head_renames("heads.0.network", "diffloss.net", depth),
+        *row_head_renames("heads.0.network", "diffloss.net", blocks_of(module, "heads.0.network")),
     ]
 
 
@@ -176,13 +180,9 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
         },
         **condition_options(family, state, 1, layout.size),
     )
-    renames = _renames(family, state)
-    kept: Any = load(model, family, state, renames, ())
-    kept.official_renames = renames
-    return model
+    return load(model, family, state, _renames(model), ())
 
 
 def to_official(family: str, module: nn.Module) -> dict[str, Tensor]:
     """The official state dict."""
-    model: Any = module
-    return unload(module, model.official_renames)
+    return unload(module, _renames(module))

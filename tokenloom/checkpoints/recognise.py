@@ -27,6 +27,7 @@ _SIGNATURES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("xar",), (r"z_proj\.", r"time_embed\.mlp\.")),
     (("llamagen_vq",), (r"encoder\.conv_blocks\.0\.res\.", r"quantize\.embedding\.weight$")),
     (("infinity_bsq",), (r"encoder\.conv_in\.conv\.", r"encoder\.down\.0\.")),
+    (("infinity_bsq",), (r"encoder\.down\.0\.", r"quantizer?\.lfq\.mask$")),  # names without wrappers
     (("himtok",), (r"latent_tokens$", r"quantize\.embedding_proj\.")),
     (("tatitok",), (r"latent_tokens$", r"decoder\.text_")),
     (("titok",), (r"latent_tokens$", r"encoder\.latent_token_positional_embedding$")),
@@ -35,14 +36,23 @@ _SIGNATURES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("flextok",), (r"encoder\.module_dict\.enc_",)),
     (("dar_tokenizer",), (r"diff_decoder\.", r"decoder_layers\.0\.attention\.")),
     (("nbp_video",), (r"encoder_layers\.0\.conv\.", r"decoder_layers\.0\.")),
-    (("dac_original",), (r"quantizer\.quantizers\.0\.in_proj\.", r"encoder\.block\.0\.")),
+    (("dac_original",), (r"quantizer\.quantizers\.0\.in_proj\.", r"encoder\.block\.0\.weight_g$")),
+    (("dac",), (r"quantizer\.quantizers\.0\.in_proj\.", r"encoder\.block\.0\.res_unit1\.")),
+    (("mimi",), (r"quantizer\.semantic_residual_vector_quantizer\.",)),
+    (("xcodec",), (r"semantic_model\.", r"acoustic_encoder\.")),
+    (("encodec",), (r"quantizer\.layers\.0\.codebook\.", r"encoder\.layers\.0\.")),
+    (("mimo_audio_tokenizer",), (r"encoder\.quantizer\.vq\.layers\.0\.", r"decoder\.vocoder\.")),
+    (("mimo_audio_patch",), (r"input_local_transformer\.", r"speech_embeddings\.")),
 )
 """Families and the beginnings of names that their weights hold; the first row that fits counts."""
 
 _LLAMA = ("n_layer", "n_head", "block_size")
+_HALVES = ("img_size", "encoder_num_heads", "decoder_num_heads")
 _NEEDS: dict[str, tuple[str, ...]] = {
     "dar": _LLAMA,
+    "himar": (*_HALVES, "cond_scale"),
     "llamagen": _LLAMA,
+    "mar": _HALVES,
     "mvar": ("patch_nums",),
     "nar": _LLAMA,
     "nar_video": ("n_layer", "n_head", "latent_shape"),
@@ -50,6 +60,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "nbp_video": ("fsq_levels",),
     "par": (*_LLAMA, "ar_token_num"),
     "var": ("patch_nums",),
+    "xar": ("encoder_num_heads", "decoder_num_heads"),
 }
 """Arguments of the official constructors without which weights cannot be read."""
 
@@ -151,6 +162,17 @@ def _scales(state: State) -> dict[str, Any]:
     return {"patch_nums": sides} if [side * side for side in sides] == counts else {}
 
 
+def _xar(state: State) -> dict[str, Any]:
+    """A rotary table is as wide as a head."""
+    known = {}
+    for half in ("encoder", "decoder"):
+        table = state.get(f"{half}_blocks.0.attn.rope.freqs_cos")
+        places = state.get(f"{half}_pos_embed_learned")
+        if table is not None and places is not None:
+            known[f"{half}_num_heads"] = places.shape[-1] // table.shape[-1]
+    return known
+
+
 _RULES: dict[str, Callable[[State], dict[str, Any]]] = {
     "dar": _llama,
     "llamagen": _llama,
@@ -160,6 +182,7 @@ _RULES: dict[str, Callable[[State], dict[str, Any]]] = {
     "nbp": _nbp,
     "par": _par,
     "var": _scales,
+    "xar": _xar,
 }
 
 

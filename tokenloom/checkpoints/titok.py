@@ -7,6 +7,7 @@ and heads or the model sizes. Everything else follows from the names and shapes 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from tokenloom.errors import TokenloomError
 from tokenloom.tokenizers.image_line import ImageLineTokenizer
 
 _MODES = ("vq", "vae")
-_DERIVABLE = (*DERIVABLE, r"quantize\.embed_prob")  # how often codes were used, from training
+_USED = "quantize.embed_prob"  # how often codes are used, which training with clustering keeps
 
 
 def _renames(module: nn.Module) -> list[Rename]:
@@ -99,9 +100,12 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
         pixel_range=(0.0, 1.0),
         clamp=False,
     )
-    return load(module, family, state, _renames(module), derivable=_DERIVABLE)
+    kept: Any = load(module, family, state, _renames(module), derivable=(*DERIVABLE, re.escape(_USED)))
+    kept.official_used = state.get(_USED)  # a statistic of training that no tensor of ours holds
+    return module
 
 
 def to_official(family: str, module: nn.Module) -> dict[str, Tensor]:
-    """The official state dict, without the history of chosen codes that training may have kept."""
-    return unload(module, _renames(module))
+    """The official state dict, with the share of every code that the weights may have come with."""
+    used: Tensor | None = getattr(module, "official_used", None)
+    return unload(module, _renames(module)) | ({} if used is None else {_USED: used.clone()})
