@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Order": "orders",
         "PatchNetworks": "patches",
         "Sampling": "sampling",
+        "resized": "resize",
         "Step": "base",
         "Transformer": "transformer",
         "TransformerConfig": "transformer",
