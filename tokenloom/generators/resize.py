@@ -76,7 +76,7 @@ def resized(generator: G, layout: Layout, *, interpolate: bool = False) -> G:
             f"{', '.join(wrong)} depend on the layout {old} and cannot be resized to {layout}."
         )
     made.load_state_dict(state)
-    return made.to(next(generator.parameters()).dtype).train(generator.training)
+    return made.to(dtype=next(generator.parameters()).dtype).train(generator.training)
 
 
 def _is_positions(name: str) -> bool:
