@@ -469,6 +469,42 @@ def photos(
     )
 
 
+@data_app.command()
+def referring(
+    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
+    size: Annotated[int, typer.Option(help="Longest side of a drawing in pixels.")] = 128,
+    cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
+) -> None:
+    """Build the pool of cut-outs and photographs that scenes for segmentation by phrase are made of."""
+    from tokenloom.data.referring_pool import build_referring
+
+    report = build_referring(out, size=size, cache_dir=cache)
+    parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
+    _OUT.print(
+        f"{report.folder}: {report.pictures:,} pictures (cut-outs: {parts}) in {report.seconds:.0f} s",
+        markup=False,
+    )
+
+
+@data_app.command("referring-scenes")
+def referring_scenes(
+    pool: Annotated[Path, typer.Argument(help="Folder that `tokenloom data referring` made.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
+    count: Annotated[int, typer.Option(help="Scenes of each split.")] = 500,
+    splits: Annotated[
+        list[str], typer.Option("--split", help="Only this split (may be repeated): train, val_style, val.")
+    ] = ["val_style", "val"],  # noqa: B006
+    size: Annotated[int, typer.Option(help="Side of the scenes in pixels.")] = 128,
+    seed: Annotated[int, typer.Option(help="Decides the scenes.")] = 1,
+) -> None:
+    """Write frozen scenes with phrases and masks, for evaluation."""
+    from tokenloom.data.referring import freeze_scenes
+    from tokenloom.data.referring_scenes import SceneConfig
+
+    phrases = freeze_scenes(pool, out, count=count, splits=splits, config=SceneConfig(size=size), seed=seed)
+    _OUT.print(f"{out}: {count * len(splits):,} scenes, {phrases:,} phrases", markup=False)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("demo"),
