@@ -31,6 +31,7 @@ _PREVIEWS = 16  # pictures in a sheet of steps
 _STOPPED = {
     "train": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
+    "train-mask-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "evaluate": "Stopped. The parts that were done are in the report.",
 }
 
@@ -349,6 +350,18 @@ def train(
     from tokenloom.training import run
 
     _OUT.print(f"trained: {run.train_generator(config, resume=resume, overrides=changes)}", markup=False)
+
+
+@app.command("train-mask-tokenizer")
+def train_mask_tokenizer(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    resume: ResumeOption = None,
+    changes: SetOption = [],  # noqa: B006
+) -> None:
+    """Train a mask tokenizer on the outlines of a referring pool."""
+    from tokenloom.training import run
+
+    _OUT.print(f"trained: {run.train_mask_tokenizer(config, resume=resume, overrides=changes)}", markup=False)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Entry points of the command line: train a tokenizer, train a generator."""
+"""Entry points of the command line: train a tokenizer, a generator, a mask tokenizer, a model that segments by phrase."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, load_config
 from tokenloom.training.loop import Task, Trainer
+from tokenloom.training.segmentation_config import MaskTokenizerConfig
 
 
 def _train(task: Task, loop: LoopConfig, output: str, resume: str | None) -> Path:
@@ -52,3 +53,22 @@ def train_generator(
 
     settings = load_config(GeneratorConfig, config, overrides)
     return _train(GeneratorTask(settings), settings.loop, settings.output, resume)
+
+
+def train_mask_tokenizer(
+    config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None
+) -> Path:
+    """Trains the mask tokenizer of a YAML config.
+
+    Args:
+        config: Path of the YAML file (see `MaskTokenizerConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained tokenizer.
+    """
+    from tokenloom.training.mask_tokenizer_task import MaskTokenizerTask
+
+    settings = load_config(MaskTokenizerConfig, config, overrides)
+    return _train(MaskTokenizerTask(settings), settings.loop, settings.output, resume)
