@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from tokenloom import __version__
+from tokenloom import cli_masks as masks
 from tokenloom.errors import TokenloomError
 from tokenloom.models import DEFAULT_MODEL, bundled, resolve
 
@@ -32,6 +33,7 @@ _STOPPED = {
     "train": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-mask-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
+    "train-segmentation": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "evaluate": "Stopped. The parts that were done are in the report.",
 }
 
@@ -352,18 +354,6 @@ def train(
     _OUT.print(f"trained: {run.train_generator(config, resume=resume, overrides=changes)}", markup=False)
 
 
-@app.command("train-mask-tokenizer")
-def train_mask_tokenizer(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    resume: ResumeOption = None,
-    changes: SetOption = [],  # noqa: B006
-) -> None:
-    """Train a mask tokenizer on the outlines of a referring pool."""
-    from tokenloom.training import run
-
-    _OUT.print(f"trained: {run.train_mask_tokenizer(config, resume=resume, overrides=changes)}", markup=False)
-
-
 @app.command()
 def evaluate(
     data: Annotated[Path, typer.Argument(help="Folder with pictures and captions.jsonl.")],
@@ -482,42 +472,6 @@ def photos(
     )
 
 
-@data_app.command()
-def referring(
-    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
-    size: Annotated[int, typer.Option(help="Longest side of a drawing in pixels.")] = 128,
-    cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
-) -> None:
-    """Build the pool of cut-outs and photographs that scenes for segmentation by phrase are made of."""
-    from tokenloom.data.referring_pool import build_referring
-
-    report = build_referring(out, size=size, cache_dir=cache)
-    parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
-    _OUT.print(
-        f"{report.folder}: {report.pictures:,} pictures (cut-outs: {parts}) in {report.seconds:.0f} s",
-        markup=False,
-    )
-
-
-@data_app.command("referring-scenes")
-def referring_scenes(
-    pool: Annotated[Path, typer.Argument(help="Folder that `tokenloom data referring` made.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
-    count: Annotated[int, typer.Option(help="Scenes of each split.")] = 500,
-    splits: Annotated[
-        list[str], typer.Option("--split", help="Only this split (may be repeated): train, val_style, val.")
-    ] = ["val_style", "val"],  # noqa: B006
-    size: Annotated[int, typer.Option(help="Side of the scenes in pixels.")] = 128,
-    seed: Annotated[int, typer.Option(help="Decides the scenes.")] = 1,
-) -> None:
-    """Write frozen scenes with phrases and masks, for evaluation."""
-    from tokenloom.data.referring import freeze_scenes
-    from tokenloom.data.referring_scenes import SceneConfig
-
-    phrases = freeze_scenes(pool, out, count=count, splits=splits, config=SceneConfig(size=size), seed=seed)
-    _OUT.print(f"{out}: {count * len(splits):,} scenes, {phrases:,} phrases", markup=False)
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("demo"),
@@ -532,6 +486,8 @@ def demo(
     for line in run(_load(folder, device), output, seed):
         _OUT.print(line, markup=False)
 
+
+masks.add_commands(app, data_app)
 
 if __name__ == "__main__":
     app()

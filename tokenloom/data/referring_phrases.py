@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenloom.data.referring_names import BROADER, COLOURS, SILENT
+from tokenloom.data.referring_pool import Pool
 from tokenloom.data.referring_scenes import Scene, Thing
 
 KINDS = ("name", "colour", "position", "size", "relation", "category", "all", "absent")
@@ -254,3 +255,13 @@ def draw_phrases(scene: Scene, names: Sequence[str], count: int, rng: random.Ran
         else:
             drawn.append(Phrase(f"all {plural('object')}", "all", tuple(range(len(scene.things)))))
     return drawn
+
+
+def vocabulary_texts(pool: Pool) -> list[str]:
+    """Texts that hold every word of phrases about a pool, for a vocabulary; names that are held out are among them."""
+    words = " ".join((*COLOURS, *(word for edge in _EDGES for word in edge[:2])))
+    nouns = sorted(
+        {item.name for item in pool.cut_outs} | {item.category or "object" for item in pool.cut_outs}
+    )
+    fixed = "all object objects larger largest smaller smallest left of right of above below"
+    return [words, fixed, *nouns, *(plural(noun) for noun in nouns)]

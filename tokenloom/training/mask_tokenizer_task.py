@@ -66,7 +66,7 @@ class MaskTokenizerTask(Task):
 
     def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of `reconstruction_losses` and of the quantizer."""
-        return module(batch["masks"], batch["kept"].cpu())
+        return module(batch["masks"], batch["kept"])
 
     def samples(self, path: Path) -> None:
         """A sheet: masks above, below them what 1, 2, 4, ... codes decode to."""

@@ -47,7 +47,8 @@ class SceneSource:
         check_options(SceneConfig, {"size": size, **config.options}, "option of scenes.options")
         self.config = config
         self.settings = SceneConfig(**{**config.options, "size": size})
-        self.maker = SceneMaker(Pool.open(config.pool), config.split, self.settings)
+        self.pool = Pool.open(config.pool)
+        self.maker = SceneMaker(self.pool, config.split, self.settings)
         self._workers: ProcessPoolExecutor | None = None
 
     def samples(self, seeds: list[int], phrases: int) -> list[tuple[np.ndarray, list[str], np.ndarray]]:
