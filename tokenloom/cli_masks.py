@@ -175,11 +175,14 @@ def evaluate_segmentation(
     results, bad = segmentation.evaluate_models(
         predictors, examples, limit, log=lambda line: _ERR.print(line, markup=False)
     )
+    again = _examples(data, instances, references, split)
+    sample = next((one for one in again if not isinstance(one, TokenloomError) and one.phrases), None)
+    seconds = None if sample is None else segmentation.phrase_seconds(pipe, sample)
     codes = []
     if code_masks and instances is None:
         found = segmentation.object_masks(_examples(data, None, None, None), code_masks)
         codes = mask_codes.compare_codes(pipe.tokenizer, found)
-    _OUT.print(segmentation.write_report(output, results, bad, codes), markup=False)
+    _OUT.print(segmentation.write_report(output, results, bad, codes, seconds), markup=False)
 
 
 def _examples(

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -145,6 +145,25 @@ def _run(result: Result, predict: Predict, example: Example) -> None:
         result.outcomes.append(Outcome.of(got, wanted, phrase.kind, example.split))
 
 
+def phrase_seconds(pipe: SegmentationPipeline, example: Example, repeats: int = 5) -> dict[str, float]:
+    """Median seconds of the first phrase about a picture, and of each further one; nothing if it can read none."""
+    texts = [one.text for one in example.phrases if len(pipe.text_tokenizer.unknown(one.text)) == 0]
+    if not texts:
+        return {}
+    text = texts[0]
+    pipe(example.picture, text)  # warms up
+    times: dict[str, list[float]] = {"first phrase": [], "further phrase": []}
+    for _ in range(repeats):
+        started = time.perf_counter()
+        encoded = pipe.encode_picture(example.picture)
+        pipe(encoded, text)
+        times["first phrase"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        pipe(encoded, text)
+        times["further phrase"].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
 def object_masks(examples: Iterable[Example | TokenloomError], most: int) -> np.ndarray:
     """Bool (n, S, S) of the objects of examples of one size, for the mask tokenizer; empty and full ones are left out."""
     found: list[np.ndarray] = []
@@ -168,10 +187,20 @@ def write_report(
     results: Sequence[Result],
     bad: Sequence[str],
     codes: Sequence[dict[str, float]] = (),
+    seconds: Mapping[str, float] | None = None,
 ) -> Path:
-    """Writes report.md and report.json; returns the path of the first."""
+    """Writes report.md and report.json; returns the path of the first.
+
+    Args:
+        folder: Where to.
+        results: What `evaluate_models` returned.
+        bad: Messages of bad records.
+        codes: What `compare_codes` returned.
+        seconds: What `phrase_seconds` returned.
+    """
     root = Path(folder)
-    parts, record = ["# Segmentation by phrase\n"], {}
+    parts = ["# Segmentation by phrase\n"]
+    record: dict[str, dict[str, float]] = {}
     groups = sorted({(one.split, one.kind) for result in results for one in result.outcomes})
     splits = list(dict.fromkeys(split for split, _ in groups))
     for split in splits:
@@ -192,6 +221,11 @@ def write_report(
         (one.name, len(one.outcomes), f"{one.seconds / max(1, len(one.outcomes)):.4f}") for one in results
     ]
     parts.append(markdown_table(["model", "phrases", "seconds a phrase"], timed))
+    if seconds:
+        parts.append("\n")
+        parts.append(
+            markdown_table(["one call", "seconds"], [(key, f"{value:.3f}") for key, value in seconds.items()])
+        )
     if codes:
         parts.append(
             "\n## Mask tokens beside classical codes\n\nMean overlap at equal bits; median bits at equal overlap.\n\n"
@@ -203,8 +237,13 @@ def write_report(
             shown = "".join(f"* {' '.join(message.split())}\n" for message in messages[:_SHOWN])
             more = f"* and {len(messages) - _SHOWN} more (report.json)\n" if len(messages) > _SHOWN else ""
             parts.append(f"\n## {title}: {len(messages)}\n\n{shown}{more}")
-    content = {"figures": record, "codes": list(codes), "left out": list(bad), "refused": refused}
-    content["seconds"] = {one.name: one.seconds for one in results}
+    content: dict[str, Any] = {
+        "figures": record,
+        "codes": list(codes),
+        "left out": list(bad),
+        "refused": refused,
+    }
+    content["seconds"] = {one.name: one.seconds for one in results} | dict(seconds or {})
     write_atomically(root / "report.json", json.dumps(plain(content), indent=2))
     return write_atomically(root / "report.md", "".join(parts))
 
