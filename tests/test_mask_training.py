@@ -15,6 +15,8 @@ from tokenloom.errors import TokenloomError
 from tokenloom.tokenizers import load_tokenizer
 from tokenloom.training.mask_tokenizer_task import draw_mask, morph
 from tokenloom.training.run import train_mask_tokenizer
+from tokenloom.training.scenes import SceneSource
+from tokenloom.training.segmentation_config import ScenesConfig
 
 
 def test_draw_mask_takes_objects_and_groups() -> None:
@@ -65,3 +67,14 @@ def test_a_mask_tokenizer_trains_and_loads(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(TokenloomError, match="smallest"):
         train_mask_tokenizer(tmp_path / "c.yaml")
+
+
+@pytest.mark.slow
+def test_workers_make_the_same_scenes(tmp_path: Path) -> None:
+    pool = str(write_pool(tmp_path / "pool"))
+    here = SceneSource(ScenesConfig(pool=pool), 32)
+    there = SceneSource(ScenesConfig(pool=pool, workers=1), 32)
+    for near, far in zip(here.samples([1, 2, 3], 2), there.samples([1, 2, 3], 2), strict=True):
+        assert near[1] == far[1]
+        assert np.array_equal(near[0], far[0]) and np.array_equal(near[2], far[2])
+    assert all(map(np.array_equal, here.instances([4, 5]), there.instances([4, 5])))
