@@ -62,9 +62,10 @@ def segment(
     picture = media.open_image(image)
     pipe = segmentation.SegmentationPipeline.from_pretrained(folder).to(_device(device))
     result = pipe(picture, phrases, mask_tokens=mask_tokens, guidance_scale=guidance, output_type="np")
+    masks: Any = result.masks
     for index, text in enumerate(phrases):
         path = output if len(phrases) == 1 else output.with_name(f"{output.stem}-{index + 1}{output.suffix}")
-        mask: Any = result.masks[index]
+        mask = masks[index]
         grey = Image.fromarray(mask).convert("L")
         box = ", ".join(f"{value:.0f}" for value in result.boxes[index].tolist())
         found = f"box {box}" if mask.any() else "nothing found"
@@ -73,7 +74,7 @@ def segment(
             markup=False,
         )
     if overlay is not None:
-        _OUT.print(media.save_image(segmentation.overlay(picture, result.masks), overlay), markup=False)
+        _OUT.print(media.save_image(segmentation.overlay(picture, masks), overlay), markup=False)
 
 
 def train_mask_tokenizer(
