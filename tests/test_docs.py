@@ -20,6 +20,7 @@ from tokenloom.demo import PHOTO
 from tokenloom.generators import order as order_module
 from tokenloom.tokenizers.registry import TOKENIZERS
 from tokenloom.training.config import GeneratorConfig, TokenizerConfig, from_dict
+from tokenloom.training.segmentation_config import MaskTokenizerConfig, SegmentationConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -161,6 +162,8 @@ def test_configurations_load(page: Path, text: str) -> None:
     values = yaml.safe_load(text)
     classes = (None, *TOKENIZERS)  # a generator's config names a folder instead
     kind: type = TokenizerConfig if values.get("tokenizer") in classes else GeneratorConfig
+    if "scenes" in values:
+        kind = SegmentationConfig if "tokenizer" in values or "unet" in values else MaskTokenizerConfig
     assert from_dict(kind, values).output == values["output"]
 
 

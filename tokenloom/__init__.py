@@ -40,7 +40,10 @@ _EXPORTS = {
     "NextTokenGenerator": "tokenloom.generators.next_token",
     "Order": "tokenloom.generators.orders",
     "PatchNetworks": "tokenloom.generators.patches",
+    "PictureEncoder": "tokenloom.tokenizers.picture_encoder",
+    "RangedTokenGenerator": "tokenloom.generators.ranged",
     "Sampling": "tokenloom.generators.sampling",
+    "SegmentationPipeline": "tokenloom.pipelines.segmentation",
     "TextToImagePipeline": "tokenloom.pipelines.text_to_image",
     "Tokenizer": "tokenloom.tokenizers.base",
     "TokenloomError": "tokenloom.errors",
@@ -68,10 +71,12 @@ if TYPE_CHECKING:
     from tokenloom.generators.next_token import NextTokenGenerator as NextTokenGenerator
     from tokenloom.generators.orders import Order as Order
     from tokenloom.generators.patches import PatchNetworks as PatchNetworks
+    from tokenloom.generators.ranged import RangedTokenGenerator as RangedTokenGenerator
     from tokenloom.generators.sampling import Guidance as Guidance
     from tokenloom.generators.sampling import Sampling as Sampling
     from tokenloom.generators.two_level import TwoLevelGenerator as TwoLevelGenerator
     from tokenloom.layouts import Layout as Layout
+    from tokenloom.pipelines.segmentation import SegmentationPipeline as SegmentationPipeline
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.audio import AudioTokenizer as AudioTokenizer
     from tokenloom.tokenizers.audio_hub import HubAudioTokenizer as HubAudioTokenizer
@@ -84,6 +89,7 @@ if TYPE_CHECKING:
     from tokenloom.tokenizers.image_step import ImageStepTokenizer as ImageStepTokenizer
     from tokenloom.tokenizers.image_vq import ImageVQTokenizer as ImageVQTokenizer
     from tokenloom.tokenizers.mask import MaskTokenizer as MaskTokenizer
+    from tokenloom.tokenizers.picture_encoder import PictureEncoder as PictureEncoder
     from tokenloom.tokenizers.text import WordTokenizer as WordTokenizer
     from tokenloom.tokenizers.video import VideoTokenizer as VideoTokenizer
 
@@ -113,7 +119,10 @@ __all__ = [
     "NextTokenGenerator",
     "Order",
     "PatchNetworks",
+    "PictureEncoder",
+    "RangedTokenGenerator",
     "Sampling",
+    "SegmentationPipeline",
     "TextToImagePipeline",
     "Tokenizer",
     "TokenloomError",

@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from tokenloom import __version__
+from tokenloom import cli_masks as masks
 from tokenloom.errors import TokenloomError
 from tokenloom.models import DEFAULT_MODEL, bundled, resolve
 
@@ -31,6 +32,8 @@ _PREVIEWS = 16  # pictures in a sheet of steps
 _STOPPED = {
     "train": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
+    "train-mask-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
+    "train-segmentation": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "evaluate": "Stopped. The parts that were done are in the report.",
 }
 
@@ -483,6 +486,8 @@ def demo(
     for line in run(_load(folder, device), output, seed):
         _OUT.print(line, markup=False)
 
+
+masks.add_commands(app, data_app)
 
 if __name__ == "__main__":
     app()

@@ -103,7 +103,7 @@ def build_emoji(
     sources = [source for source in STYLE_SOURCES if include_share_alike or not source.share_alike]
     with building(out) as work:
         kept = Path(cache_dir) if cache_dir is not None else work / "packages"
-        loader = _Packages(kept, work / "unpacked", download)
+        loader = Packages(kept, work / "unpacked", download)
         captions = _build(work, sources, loader, size=size, format=format, quality=quality, progress=progress)
     return BuildReport(
         folder=Path(out).resolve(),
@@ -115,7 +115,7 @@ def build_emoji(
     )
 
 
-class _Packages:
+class Packages:
     """Fetches, unpacks and parses packages on demand, each once."""
 
     def __init__(self, cache: Path, work: Path, download: packages.Download | None) -> None:
@@ -125,10 +125,15 @@ class _Packages:
 
     def names(self) -> tuple[dict[str, Concept], str]:
         """Returns what every emoji shows, and the licence text of those words."""
+        emoji, groups = self.words()
         folder = self._folder(NAMES_PACKAGE, NAMES_VERSION, NAMES_FILES)
-        groups = packages.read_json(folder / "meta/groups.json").get("groups", {})
         licence = (folder / "LICENSE").read_text(encoding="utf-8", errors="replace")
-        return read_concepts(packages.read_json(folder / "en/data.json"), groups), licence
+        return read_concepts(emoji, groups.get("groups", {})), licence
+
+    def words(self) -> tuple[Any, Any]:
+        """Returns the list of all emoji and the names of their groups, as the package writes them."""
+        folder = self._folder(NAMES_PACKAGE, NAMES_VERSION, NAMES_FILES)
+        return packages.read_json(folder / "en/data.json"), packages.read_json(folder / "meta/groups.json")
 
     def part(self, source: StyleSource, file: str) -> Any:
         """Returns one parsed file of a set's package."""
@@ -145,7 +150,7 @@ class _Packages:
 def _build(
     work: Path,
     sources: list[StyleSource],
-    loader: _Packages,
+    loader: Packages,
     *,
     size: int,
     format: str,

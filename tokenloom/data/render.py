@@ -81,16 +81,17 @@ def icon_svg(icons: Mapping[str, Any], name: str) -> str:
     )
 
 
-def render_svg(svg: str, size: int) -> Image.Image:
-    """Draws an SVG document on white.
+def render_svg(svg: str, size: int, transparent: bool = False) -> Image.Image:
+    """Draws an SVG document, by default on white.
 
     Args:
         svg: SVG text with a square viewBox.
         size: Side of the picture in pixels. It is drawn twice as large and reduced, which keeps thin lines
             even.
+        transparent: Keep the background transparent.
 
     Returns:
-        An RGB picture of `size` x `size`.
+        An RGB picture of `size` x `size`, RGBA if it is transparent.
 
     Raises:
         TokenloomError: If resvg-py is missing or cannot read the text.
@@ -104,7 +105,7 @@ def render_svg(svg: str, size: int) -> Image.Image:
             f"The renderer refused an SVG picture ({error}). It begins: {svg[:120]!r}"
         ) from error
     with Image.open(io.BytesIO(bytes(data))) as drawn:
-        picture = to_rgb(drawn)
+        picture = drawn.convert("RGBA") if transparent else to_rgb(drawn)
     return picture.resize((size, size), Image.Resampling.LANCZOS)
 
 

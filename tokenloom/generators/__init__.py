@@ -26,6 +26,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "NextTokenGenerator": "next_token",
         "Order": "orders",
         "PatchNetworks": "patches",
+        "PictureWords": "conditions",
+        "RangedTokenGenerator": "ranged",
         "Sampling": "sampling",
         "resized": "resize",
         "Step": "base",

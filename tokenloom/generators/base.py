@@ -41,8 +41,9 @@ class Generator(ModelMixin, ConfigMixin):
         vocab_size: Number of codes V.
         transformer_config: Fields of `TransformerConfig`.
         condition_config: {"kind": "none"}, {"kind": "class", "num_classes": C},
-            {"kind": "words", "vocabulary": W, "length": P}, {"kind": "features", "features": F, "length": P} or
-            {"kind": "tokens", "vocabulary": W, "ids": C, "offset": O}.
+            {"kind": "words", "vocabulary": W, "length": P}, {"kind": "features", "features": F, "length": P},
+            {"kind": "tokens", "vocabulary": W, "ids": C, "offset": O} or
+            {"kind": "picture", "rows": P, "features": F, "vocabulary": W, "words": T}.
         causal_prefix: Whether prefix rows see only earlier prefix rows.
         prefix_rope: "identity" (prefix rows are not rotated), "zero" (their queries and keys become zero, the
             convention of LlamaGen) or "line" (they stand before the first token; for layouts of one axis).

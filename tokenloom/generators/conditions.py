@@ -48,7 +48,29 @@ class CaptionFeatures:
         return CaptionFeatures(self.features.to(device), mask, valid)
 
 
-Given = Tensor | CaptionFeatures
+@dataclass(frozen=True, eq=False)
+class PictureWords:
+    """Features of a picture and the words of a phrase, for generators with the condition "picture".
+
+    Attributes:
+        features: (B, P, F).
+        words: LongTensor (B, T), 0 = no word.
+    """
+
+    features: Tensor
+    words: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (B, P, F) of the features."""
+        return self.features.shape
+
+    def to(self, device: torch.device) -> PictureWords:
+        """The same on another device."""
+        return PictureWords(self.features.to(device), self.words.to(device))
+
+
+Given = Tensor | CaptionFeatures | PictureWords
 """What a condition may be given as."""
 
 
@@ -320,7 +342,9 @@ def describe(value: Any) -> str:
 
 
 def make_condition(options: Mapping[str, Any] | None, width: int) -> Condition:
-    """Builds a condition from {"kind": "none" | "class" | "words" | "features" | "tokens", ...options}."""
+    """Builds a condition from {"kind": "none" | "class" | "words" | "features" | "tokens" | "picture", ...}."""
+    from tokenloom.generators.picture_condition import PictureCondition
+
     values = dict(options or {"kind": "none"})
     kinds: dict[str, type[Condition]] = {
         "none": NoCondition,
@@ -328,6 +352,7 @@ def make_condition(options: Mapping[str, Any] | None, width: int) -> Condition:
         "words": WordCondition,
         "features": FeatureCondition,
         "tokens": TokenCondition,
+        "picture": PictureCondition,
     }
     kind = values.pop("kind", "none")
     if kind not in kinds:

@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "Reconstruction": "reconstruction",
+        "SegmentationOutput": "segmentation",
+        "SegmentationPipeline": "segmentation",
         "TextToImageOutput": "text_to_image",
         "TextToImagePipeline": "text_to_image",
         "reconstruct_image": "reconstruction",

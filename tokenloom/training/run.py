@@ -1,4 +1,4 @@
-"""Entry points of the command line: train a tokenizer, train a generator."""
+"""Entry points of the command line: train a tokenizer, a generator, a mask tokenizer, a model that segments by phrase."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, load_config
 from tokenloom.training.loop import Task, Trainer
+from tokenloom.training.segmentation_config import MaskTokenizerConfig, SegmentationConfig
 
 
 def _train(task: Task, loop: LoopConfig, output: str, resume: str | None) -> Path:
@@ -52,3 +53,41 @@ def train_generator(
 
     settings = load_config(GeneratorConfig, config, overrides)
     return _train(GeneratorTask(settings), settings.loop, settings.output, resume)
+
+
+def train_mask_tokenizer(
+    config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None
+) -> Path:
+    """Trains the mask tokenizer of a YAML config.
+
+    Args:
+        config: Path of the YAML file (see `MaskTokenizerConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained tokenizer.
+    """
+    from tokenloom.training.mask_tokenizer_task import MaskTokenizerTask
+
+    settings = load_config(MaskTokenizerConfig, config, overrides)
+    return _train(MaskTokenizerTask(settings), settings.loop, settings.output, resume)
+
+
+def train_segmentation(
+    config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None
+) -> Path:
+    """Trains the model of a YAML config that segments by phrase.
+
+    Args:
+        config: Path of the YAML file (see `SegmentationConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained pipeline, or of the baseline.
+    """
+    from tokenloom.training.segmentation_task import make_task
+
+    settings = load_config(SegmentationConfig, config, overrides)
+    return _train(make_task(settings), settings.loop, settings.output, resume)

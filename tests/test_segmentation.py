@@ -1,0 +1,240 @@
+"""Segmentation by phrase: codes of answers, ranges, the condition, training, and the pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from referring_pools import write_pool
+
+from tokenloom import MaskTokenizer, PictureEncoder, RangedTokenGenerator, SegmentationPipeline, WordTokenizer
+from tokenloom.errors import TokenloomError
+from tokenloom.evaluation.film_unet import FilmUNet
+from tokenloom.generators import PictureWords, Sampling, orders
+from tokenloom.layouts import Layout
+from tokenloom.pipelines.segmentation import overlay
+from tokenloom.tokenizers import AnswerCodes
+from tokenloom.training.run import train_segmentation
+
+SHAPE = {"width": 24, "depth": 1, "heads": 2, "patch": 8}
+WORDS = ["apple", "green", "dog", "all"]
+
+
+def make_pipeline() -> SegmentationPipeline:
+    torch.manual_seed(0)
+    tokenizer = MaskTokenizer(32, 4, SHAPE, SHAPE, {"codebook_size": 16, "dim": 4}).eval()
+    encoder = PictureEncoder(32, 8, width=24, depth=1, heads=2).eval()
+    answers = AnswerCodes(4, tokenizer.vocab_size, 8)
+    condition = {"kind": "picture", "rows": encoder.rows, "features": 24, "vocabulary": 6, "words": 5}
+    generator = RangedTokenGenerator(
+        order_config=orders.raster(Layout.line(answers.length)).to_config(),
+        vocab_size=answers.vocabulary,
+        transformer_config={"width": 24, "heads": 2, "depth": 1},
+        condition_config=condition,
+        rule_config={"ranges": answers.ranges},
+    ).eval()
+    pipe = SegmentationPipeline(tokenizer, generator, encoder, WordTokenizer(WORDS, 5), bins=8)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> SegmentationPipeline:
+    return make_pipeline()
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (30, 48, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def test_answers_come_back() -> None:
+    answers = AnswerCodes(levels=3, masks=10, bins=9)
+    boxes = torch.tensor([[0.0, 4.0, 8.0, 8.0], [0.0, 0.0, 0.0, 0.0]])
+    codes = torch.tensor([[1, 2, 3], [9, 9, 9]])
+    line = answers.join(boxes, (8, 8), codes)
+    assert line.tolist() == [[10, 14, 18, 18, 1, 2, 3], [19, 19, 19, 19, 9, 9, 9]]
+    said, masks = answers.split(line, (16, 16))
+    assert said.tolist() == [[0, 8, 16, 16], [0, 0, 0, 0]]
+    assert torch.equal(masks, codes)
+    crossed = line.clone()
+    crossed[0, 0], crossed[0, 2] = 18, 10
+    assert answers.split(crossed, (8, 8))[0][0].tolist() == [0, 4, 8, 8]
+
+
+def test_codes_stay_in_their_ranges(pipe: SegmentationPipeline) -> None:
+    generator, answers = pipe.generator, pipe.answers
+    torch.manual_seed(1)
+    condition = PictureWords(torch.randn(6, pipe.picture_encoder.rows, 24), torch.randint(0, 6, (6, 5)))
+    sampling = Sampling(temperature=50.0)
+    made = generator.generate(condition, sampling=sampling, seeds=3, guidance=1.5)
+    assert int(made[:, :4].min()) >= answers.masks and int(made[:, 4:].max()) < answers.masks
+    again = generator.generate(condition, sampling=sampling, seeds=3, guidance=1.5, decode="reference")
+    assert torch.equal(made, again)
+    chances = generator.logits(made, condition).softmax(-1)
+    assert chances[:, :4, : answers.masks].sum() == 0 and chances[:, 4:, answers.masks :].sum() == 0
+    assert bool(generator.loss(made, condition).isfinite())
+
+
+def test_ranges_and_conditions_are_checked(pipe: SegmentationPipeline) -> None:
+    options = dict(pipe.generator.config)
+    keys = ("order_config", "vocab_size", "transformer_config", "condition_config")
+    plain = {key: options[key] for key in keys}
+    with pytest.raises(TokenloomError, match="ranges are for 2 positions"):
+        RangedTokenGenerator(**plain, rule_config={"ranges": [[2, 0, 5]]})
+    with pytest.raises(TokenloomError, match="low < high"):
+        RangedTokenGenerator(**plain, rule_config={"ranges": [[8, 5, 5]]})
+    words = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(TokenloomError, match="PictureWords"):
+        pipe.generator.generate(words)
+    with pytest.raises(TokenloomError, match="repeat the features"):
+        pipe.generator.generate(PictureWords(torch.zeros(1, pipe.picture_encoder.rows, 24), words))
+
+
+def test_the_output_fits_the_picture(pipe: SegmentationPipeline, picture: Image.Image) -> None:
+    output = pipe(picture, ["the apple", "all green dogs"])
+    assert isinstance(output.masks, torch.Tensor)
+    assert output.masks.shape == (2, 30, 48) and output.masks.dtype == torch.bool
+    assert output.codes.shape == (2, 4) and output.boxes.shape == (2, 4) and output.size == (30, 48)
+    assert bool(((output.scores > 0) & (output.scores <= 1)).all())
+    assert bool((output.boxes[:, 2] <= 48).all()) and bool((output.boxes[:, 3] <= 30).all())
+    encoded = pipe.encode_picture(picture)
+    alone = pipe(encoded, "all green dogs")
+    assert torch.equal(alone.codes[0], output.codes[1])
+    assert len(pipe(picture, "apple", output_type="pil").masks) == 1
+    assert pipe(picture, "apple", output_type="np").masks.dtype == bool
+    masks, scores, boxes, codes = pipe(picture, "apple", return_dict=False)  # type: ignore[misc]
+    assert torch.equal(masks[0], output.masks[0]) and len(scores) == len(boxes) == len(codes) == 1
+
+
+def test_fewer_codes_and_other_sizes(pipe: SegmentationPipeline, picture: Image.Image) -> None:
+    output = pipe(picture, "apple", mask_tokens=1)
+    (found,) = pipe.post_process(output, [(60, 96)], mask_tokens=1)
+    assert found["mask"].shape == (60, 96)
+    assert torch.equal(pipe.post_process(output, mask_tokens=1)[0]["mask"], output.masks[0])
+    assert torch.allclose(found["box"], output.boxes[0] * 2)
+    assert pipe.post_process(output, threshold=1.1) == []
+    with pytest.raises(TokenloomError, match="target size for each"):
+        pipe.post_process(output, [(1, 1), (2, 2)])
+    with pytest.raises(TokenloomError, match="num_tokens=5"):
+        pipe(picture, "apple", mask_tokens=5)
+
+
+def test_a_box_is_a_prompt(pipe: SegmentationPipeline, picture: Image.Image) -> None:
+    output = pipe(picture, boxes=[[0, 0, 48, 24]])
+    assert torch.allclose(output.boxes[0], torch.tensor([0.0, 0.0, 48.0, 24.0]), atol=48 / 7 / 2)
+    with pytest.raises(TokenloomError, match="in the picture"):
+        pipe(picture, boxes=[[0, 0, 60, 24]])
+    with pytest.raises(TokenloomError, match="x0 < x1"):
+        pipe(picture, boxes=[[10, 0, 5, 24]])
+    with pytest.raises(TokenloomError, match="one box a phrase"):
+        pipe(picture, ["apple", "dog"], boxes=[[0, 0, 5, 24]])
+
+
+def test_nothing_is_an_empty_mask(pipe: SegmentationPipeline) -> None:
+    codes = torch.full((1, 4), pipe.tokenizer.empty_code)
+    assert not pipe._render(codes, None, (7, 9), "np").any()  # type: ignore[union-attr]
+
+
+def test_alpha_and_rotation_are_handled(pipe: SegmentationPipeline) -> None:
+    tall = Image.new("RGBA", (20, 40), (255, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.new("RGB", (20, 40), "white")
+    turned.info["exif"] = exif.tobytes()
+    assert pipe(tall, "apple").size == (40, 20)
+    white = pipe.encode_picture(Image.new("RGB", (20, 40), "white"))
+    assert torch.equal(pipe.encode_picture(tall).features, white.features)
+    turned.getexif()[0x0112] = 6
+    assert pipe.encode_picture(turned).size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ""}, "empty"),
+        ({"prompt": "zyx qwv"}, "knows no word"),
+        ({"prompt": []}, "at least one prompt"),
+        ({}, "got neither"),
+        ({"prompt": "apple", "output_type": "pill"}, "pil"),
+    ],
+)
+def test_bad_arguments(
+    pipe: SegmentationPipeline, picture: Image.Image, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TokenloomError, match=message):
+        pipe(picture, **arguments)
+
+
+def test_saved_pipelines_answer_alike(
+    pipe: SegmentationPipeline, picture: Image.Image, tmp_path: Path
+) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    again = SegmentationPipeline.from_pretrained(tmp_path / "model")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(picture, "the dog").codes, pipe(picture, "the dog").codes)
+    weights = next((tmp_path / "model" / "generator").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(TokenloomError, match="truncated"):
+        SegmentationPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_parts_of_other_models_are_refused(pipe: SegmentationPipeline) -> None:
+    with pytest.raises(TokenloomError, match="trained together"):
+        SegmentationPipeline(
+            pipe.tokenizer, pipe.generator, pipe.picture_encoder, pipe.text_tokenizer, bins=9
+        )
+
+
+def test_overlay_colours_the_mask(picture: Image.Image) -> None:
+    mask = np.zeros((1, 30, 48), bool)
+    mask[0, 10:20, 10:20] = True
+    shown = np.asarray(overlay(picture, mask))
+    assert np.array_equal(shown[0], np.asarray(picture)[0])
+    assert tuple(shown[10, 10]) == (230, 40, 40)
+    with pytest.raises(TokenloomError, match="as the picture"):
+        overlay(picture, mask[:, :5])
+
+
+def test_encoders() -> None:
+    assert PictureEncoder(32, 4, width=16, depth=1, heads=2)(torch.zeros(2, 3, 32, 32)).shape == (2, 64, 16)
+    with pytest.raises(TokenloomError, match="power of two"):
+        PictureEncoder(32, 6)
+    with pytest.raises(TokenloomError, match="backbone"):
+        PictureEncoder(32, backbone="no_such_net")
+    encoder = PictureEncoder(64, backbone="resnet10t")
+    assert encoder(torch.zeros(1, 3, 64, 64)).shape == (1, encoder.rows, encoder.features)
+
+
+@pytest.mark.parametrize("segmenter", ["tokens", "unet"])
+def test_both_models_train(segmenter: str, tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool")
+    MaskTokenizer(32, 4, SHAPE, SHAPE).save_pretrained(tmp_path / "tokenizer")
+    config = {
+        "output": str(tmp_path / "run"),
+        "scenes": {"pool": str(pool), "length": 20},
+        "segmenter": segmenter,
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "encoder": {"stride": 8, "width": 24, "depth": 1, "heads": 2},
+        "transformer": {"width": 24, "heads": 2, "depth": 1},
+        "unet": {"image_size": 32, "channels": [8, 16], "phrase": 16},
+        "phrases": 2,
+        "mask_loss": 0.5,
+        "loop": {"steps": 3, "batch_size": 4, "warmup": 1, "log_every": 1, "ema": 0.5},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    folder = train_segmentation(tmp_path / "c.yaml")
+    image = Image.new("RGB", (40, 32), "red")
+    if segmenter == "tokens":
+        pipe = SegmentationPipeline.from_pretrained(folder)
+        assert pipe(image, "the apple").masks.shape == (1, 32, 40)  # type: ignore[union-attr]
+    else:
+        network, words = FilmUNet.from_pretrained(folder), WordTokenizer.from_pretrained(folder)
+        assert network.segment(image, ["the apple", "the frog"], words).shape == (2, 32, 40)
+    assert list((tmp_path / "run" / "samples").glob("*.png"))

@@ -1,0 +1,74 @@
+"""Answers to a phrase as one line of codes: the box of an object, then its mask, coarse to fine.
+
+Four codes of a box (x0, y0, x1, y1) stand before the K codes of the mask, in a vocabulary of the mask's codes, the steps of
+the box's scale and one code that says "no box". An answer is therefore itself coarse to fine, a box alone is its first part,
+and a known box is a known beginning. Knows numbers; knows nothing of networks, phrases or pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenloom.errors import TokenloomError
+from tokenloom.tokenizers.boxes import Size, boxes_to_codes, codes_to_boxes
+
+BOX = 4
+"""Codes of a box."""
+
+
+@dataclass(frozen=True)
+class AnswerCodes:
+    """The vocabulary of answers.
+
+    Attributes:
+        levels: Codes a mask K.
+        masks: Number of codes of masks; they come first.
+        bins: Steps of the scale of boxes, whose codes follow; the last code is `nothing`.
+    """
+
+    levels: int
+    masks: int
+    bins: int
+
+    @property
+    def length(self) -> int:
+        """Codes an answer."""
+        return BOX + self.levels
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of codes in all."""
+        return self.masks + self.bins + 1
+
+    @property
+    def nothing(self) -> int:
+        """The code that stands four times in the place of a box where there is no object."""
+        return self.masks + self.bins
+
+    @property
+    def ranges(self) -> list[list[int]]:
+        """[count, low, high] of the two parts, as `RangedTokenGenerator` takes them."""
+        return [[BOX, self.masks, self.vocabulary], [self.levels, 0, self.masks]]
+
+    def box_codes(self, boxes: Tensor, size: Size) -> Tensor:
+        """LongTensor (B, 4) of boxes (B, 4) in pixels; boxes without area say that there is nothing."""
+        codes = boxes_to_codes(boxes, size, self.bins) + self.masks
+        none = (boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1])
+        return codes.masked_fill(none.to(codes.device)[:, None], self.nothing)
+
+    def join(self, boxes: Tensor, size: Size, masks: Tensor) -> Tensor:
+        """Answers (B, 4 + K) of boxes (B, 4) in pixels of a picture of a size, and codes (B, K) of masks."""
+        return torch.cat((self.box_codes(boxes, size).to(masks.device), masks), dim=1)
+
+    def split(self, answers: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        """Boxes (B, 4) float in pixels, corners in order, zeros where there is nothing; and codes (B, K) of masks."""
+        if answers.ndim != 2 or answers.shape[1] != self.length:
+            raise TokenloomError(f"Answers must be (B, {self.length}), got {tuple(answers.shape)}.")
+        codes = answers[:, :BOX] - self.masks
+        none = (codes == self.bins).any(1)
+        boxes = codes_to_boxes(codes.clamp(0, self.bins - 1), size, self.bins)
+        low, high = torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])
+        return torch.cat((low, high), dim=1).masked_fill(none[:, None], 0.0), answers[:, BOX:]

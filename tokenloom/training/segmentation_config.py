@@ -1,0 +1,118 @@
+"""Typed configs of mask tokenizers and of models that segment by phrase. Knows nothing of models beyond passing options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenloom.errors import TokenloomError, unknown_name
+from tokenloom.training.config import LoopConfig
+
+
+@dataclass(kw_only=True)
+class ScenesConfig:
+    """Which scenes are trained on.
+
+    Attributes:
+        pool: Folder that `tokenloom data referring` made.
+        split: Split of the pool.
+        length: Scenes an epoch; each is new.
+        options: Options of `tokenloom.data.referring_scenes.SceneConfig` but the size.
+        workers: Processes that make scenes; 0 makes them in the training process.
+    """
+
+    pool: str
+    split: str = "train"
+    length: int = 50000
+    options: dict[str, Any] = field(default_factory=dict)
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.workers < 0:
+            raise TokenloomError(
+                f"scenes.length must be at least 1 and scenes.workers at least 0, got {self.length} and {self.workers}."
+            )
+
+
+@dataclass(kw_only=True)
+class MaskTokenizerConfig:
+    """A training run of a mask tokenizer: `tokenloom train-mask-tokenizer CONFIG`.
+
+    Attributes:
+        output: Folder for checkpoints, samples, the log and the model.
+        scenes: Where masks come from: objects and groups of objects of scenes.
+        model: Options of `MaskTokenizer`.
+        losses: Factors of the parts of `tokenloom.training.mask_losses.reconstruction_losses`.
+        morphology: Chance that a mask is grown or shrunk by a few pixels.
+        whole: Share of masks that are decoded from all their codes.
+        loop: Optimisation.
+    """
+
+    output: str
+    scenes: ScenesConfig
+    model: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    morphology: float = 0.3
+    whole: float = 0.25
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("morphology", "whole"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise TokenloomError(f"{key} must lie between 0 and 1, got {getattr(self, key)}.")
+
+
+SEGMENTERS = ("tokens", "unet")
+
+
+@dataclass(kw_only=True)
+class SegmentationConfig:
+    """A training run of a model that segments by phrase: `tokenloom train-segmentation CONFIG`.
+
+    Attributes:
+        output: Folder for checkpoints, samples, the log and the model.
+        scenes: Training scenes.
+        tokenizer: Folder of the mask tokenizer; not needed for "unet".
+        segmenter: "tokens" (mask tokens by next-token prediction) or "unet" (the baseline: a U-Net with FiLM).
+        encoder: Options of `PictureEncoder`.
+        transformer: Fields of `TransformerConfig`.
+        unet: Options of `FilmUNet`.
+        bins: Steps of the scale of boxes.
+        phrases: Phrases a scene.
+        max_length: Words kept of a phrase.
+        drop: Chance that the words are dropped, which trains guidance, and masks from boxes.
+        mask_loss: Weight of the hierarchical mask loss, which decodes predicted tokens; 0 turns it off.
+        mask_levels: Prefix lengths drawn for it a step.
+        sampling: Preset stored with the model: guidance_scale, temperature, top_k, top_p.
+        loop: Optimisation.
+    """
+
+    output: str
+    scenes: ScenesConfig
+    tokenizer: str | None = None
+    segmenter: str = "tokens"
+    encoder: dict[str, Any] = field(default_factory=dict)
+    transformer: dict[str, Any] = field(default_factory=dict)
+    unet: dict[str, Any] = field(default_factory=dict)
+    bins: int = 64
+    phrases: int = 4
+    max_length: int = 8
+    drop: float = 0.1
+    mask_loss: float = 0.0
+    mask_levels: int = 2
+    sampling: dict[str, Any] = field(default_factory=dict)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if self.segmenter not in SEGMENTERS:
+            raise unknown_name("segmenter", self.segmenter, SEGMENTERS)
+        if self.segmenter == "tokens" and not self.tokenizer:
+            raise TokenloomError(
+                "segmenter 'tokens' needs the key tokenizer: the folder of a mask tokenizer."
+            )
+        if min(self.phrases, self.max_length, self.mask_levels) < 1 or self.bins < 2:
+            raise TokenloomError(
+                "phrases, max_length and mask_levels must be at least 1, and bins at least 2."
+            )
+        if not 0 <= self.drop <= 1 or self.mask_loss < 0:
+            raise TokenloomError("drop must lie between 0 and 1, and mask_loss must not be negative.")

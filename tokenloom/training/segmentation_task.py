@@ -1,0 +1,210 @@
+"""Training of models that segment by phrase: mask tokens by next-token prediction, or the baseline, a U-Net with FiLM.
+
+Both see the same scenes, phrases and loop. Knows the scenes and the two models; knows nothing of evaluation's figures.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+from torch import Tensor, nn
+
+from tokenloom.data.referring_phrases import vocabulary_texts
+from tokenloom.errors import TokenloomError, check_options
+from tokenloom.evaluation.film_unet import FilmUNet
+from tokenloom.generators import orders
+from tokenloom.generators.conditions import PictureWords
+from tokenloom.generators.ranged import RangedTokenGenerator
+from tokenloom.layouts import Layout
+from tokenloom.media import save_image, sheet
+from tokenloom.pipelines.segmentation import SegmentationPipeline, overlay
+from tokenloom.tokenizers.answer_codes import BOX, AnswerCodes
+from tokenloom.tokenizers.boxes import masks_to_boxes
+from tokenloom.tokenizers.mask import MaskTokenizer
+from tokenloom.tokenizers.picture_encoder import PictureEncoder
+from tokenloom.tokenizers.registry import load_tokenizer
+from tokenloom.tokenizers.text import WordTokenizer
+from tokenloom.training.loop import Task
+from tokenloom.training.mask_losses import bce_loss, dice_loss, draw_levels, hierarchical_loss
+from tokenloom.training.scenes import SceneSource, draw_seeds
+from tokenloom.training.segmentation_config import SegmentationConfig
+
+_SAMPLE_SEEDS = range(10**6, 10**6 + 8)
+
+
+class PhraseTask(Task):
+    """What both kinds of models share: scenes, words, batches and sample sheets."""
+
+    scenes: SceneSource
+    words: WordTokenizer
+
+    def __init__(self, config: SegmentationConfig, size: int) -> None:
+        self.config, self.size = config, config.scenes.length
+        self.scenes = SceneSource(config.scenes, size)
+        self.words = WordTokenizer.from_captions(vocabulary_texts(self.scenes.pool), config.max_length)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """New scenes: "pixels" uint8 (B, S, S, 3), "words" (B n, T) and "masks" bool (B n, S, S)."""
+        seeds = draw_seeds(len(indices), generator)
+        made = self.scenes.samples(seeds, self.config.phrases)
+        words = self.words([text for _, texts, _ in made for text in texts])
+        dropped = torch.rand(len(words), generator=generator) < self.config.drop
+        return {
+            "pixels": torch.from_numpy(np.stack([picture for picture, _, _ in made])),
+            "words": words.masked_fill(dropped[:, None], 0),
+            "masks": torch.from_numpy(np.concatenate([masks for _, _, masks in made])),
+        }
+
+    @abstractmethod
+    def predict(self, picture: Image.Image, phrase: str) -> np.ndarray:
+        """Bool (H, W) of one phrase."""
+
+    def samples(self, path: Path) -> None:
+        """A sheet of scenes: what is meant above, what is predicted below, with the phrases."""
+        made = self.scenes.samples(list(_SAMPLE_SEEDS), 1)
+        wanted, got, labels = [], [], []
+        for pixels, (text, *_), masks in made:
+            picture = Image.fromarray(pixels)
+            wanted.append(overlay(picture, masks))
+            got.append(overlay(picture, self.predict(picture, text)[None]))
+            labels.append(text)
+        save_image(sheet([*wanted, *got], columns=len(made), labels=labels * 2), path)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """Float (B, 3, S, S) in [-1, 1] of pixels uint8 (B, S, S, 3)."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class PhraseModel(nn.Module):
+    """Picture encoder and generator behind one forward; each picture is encoded once for all its phrases."""
+
+    def __init__(self, encoder: PictureEncoder, generator: RangedTokenGenerator) -> None:
+        super().__init__()
+        self.encoder, self.generator = encoder, generator
+
+    def forward(self, pixels: Tensor, words: Tensor, answers: Tensor) -> Tensor:
+        """Logits (B n, N, V) of answers (B n, N) to words (B n, T) about pictures (B, 3, S, S)."""
+        features = self.encoder(pixels).repeat_interleave(len(words) // len(pixels), dim=0)
+        return self.generator.logits(answers, PictureWords(features, words))
+
+
+class SegmentationTask(PhraseTask):
+    """Trains picture encoder and generator on the codes of a fixed mask tokenizer."""
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        set_seed(config.loop.seed)
+        tokenizer = load_tokenizer(str(config.tokenizer))
+        if not isinstance(tokenizer, MaskTokenizer):
+            raise TokenloomError(
+                f"{config.tokenizer!r} holds a {type(tokenizer).__name__}, which is no mask tokenizer; train one with "
+                "tokenloom train-mask-tokenizer."
+            )
+        self.tokenizer = tokenizer.requires_grad_(False).eval()
+        super().__init__(config, tokenizer.image_size)
+        check_options(PictureEncoder, config.encoder, "option of encoder")
+        self.encoder = PictureEncoder(**{"image_size": tokenizer.image_size, **config.encoder})
+        if self.encoder.image_size != tokenizer.image_size:
+            raise TokenloomError(
+                f"encoder.image_size must be that of the mask tokenizer, {tokenizer.image_size}, got {self.encoder.image_size}."
+            )
+        self.answers = AnswerCodes(tokenizer.levels, tokenizer.vocab_size, config.bins)
+        self.generator = RangedTokenGenerator(
+            order_config=orders.raster(Layout.line(self.answers.length)).to_config(),
+            vocab_size=self.answers.vocabulary,
+            transformer_config=dict(config.transformer),
+            condition_config={
+                "kind": "picture",
+                "rows": self.encoder.rows,
+                "features": self.encoder.features,
+                "vocabulary": len(self.words),
+                "words": config.max_length,
+            },
+            rule_config={"ranges": self.answers.ranges},
+        )
+        self.module = PhraseModel(self.encoder, self.generator).train()
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Moves the mask tokenizer, which is not trained."""
+        self.tokenizer.to(accelerator.device)
+
+    def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy in nats a code, and the hierarchical mask loss if it is weighted."""
+        masks, side = batch["masks"], (self.tokenizer.image_size,) * 2
+        with torch.no_grad():
+            codes = self.tokenizer.encode(masks)
+            answers = self.answers.join(masks_to_boxes(masks), side, codes)
+        logits = module(to_unit(batch["pixels"]), batch["words"], answers).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
+        logs = {"box": losses[:, :BOX].mean().detach(), "mask": losses[:, BOX:].mean().detach()}
+        total = losses.mean()
+        if self.config.mask_loss:
+            generator = torch.Generator().manual_seed(step)
+            levels = draw_levels(
+                self.tokenizer.levels, min(self.config.mask_levels, self.tokenizer.levels), generator
+            )
+            chances = logits[:, BOX:, : self.answers.masks].softmax(-1)
+            logs["decoded"] = hierarchical_loss(self.tokenizer, chances, masks.float(), levels)
+            total = total + self.config.mask_loss * logs["decoded"]
+        return total, {key: value.detach() for key, value in logs.items()}
+
+    def _pipeline(self) -> SegmentationPipeline:
+        pipeline = SegmentationPipeline(
+            self.tokenizer,
+            self.generator,
+            self.encoder,
+            self.words,
+            self.config.bins,
+            dict(self.config.sampling),
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def predict(self, picture: Image.Image, phrase: str) -> np.ndarray:
+        """Bool (H, W) of one phrase."""
+        return cast("np.ndarray", self._pipeline()(picture, phrase, output_type="np").masks)[0]
+
+    def save(self, folder: Path) -> None:
+        """Writes a pipeline folder."""
+        self._pipeline().save_pretrained(folder)
+
+
+class UNetTask(PhraseTask):
+    """Trains the baseline with cross-entropy and Dice loss a pixel."""
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        set_seed(config.loop.seed)
+        check_options(FilmUNet, config.unet, "option of unet")
+        size = int(config.unet.get("image_size", 128))
+        super().__init__(config, size)
+        self.network = FilmUNet(**{**config.unet, "vocabulary": len(self.words), "words": config.max_length})
+        self.module = self.network.train()
+
+    def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy of pixels in nats, and Dice loss."""
+        masks, words, pixels = batch["masks"].float(), batch["words"], to_unit(batch["pixels"])
+        soft = module(pixels.repeat_interleave(len(words) // len(pixels), dim=0), words).float().sigmoid()
+        logs = {"bce": bce_loss(soft, masks), "dice": dice_loss(soft, masks)}
+        return logs["bce"] + logs["dice"], {key: value.detach() for key, value in logs.items()}
+
+    def predict(self, picture: Image.Image, phrase: str) -> np.ndarray:
+        """Bool (H, W) of one phrase."""
+        return self.network.segment(picture, [phrase], self.words)[0]
+
+    def save(self, folder: Path) -> None:
+        """Writes the network and its vocabulary."""
+        self.network.save_pretrained(folder)
+        self.words.save_pretrained(folder)
+
+
+def make_task(config: SegmentationConfig) -> Task:
+    """The task of a config."""
+    return UNetTask(config) if config.segmenter == "unet" else SegmentationTask(config)
