@@ -19,6 +19,7 @@ from tokenloom.data import Caption, write_captions
 from tokenloom.demo import PHOTO
 from tokenloom.generators import order as order_module
 from tokenloom.tokenizers.registry import TOKENIZERS
+from tokenloom.training.audio_config import CodecConfig, ContinuationConfig
 from tokenloom.training.config import GeneratorConfig, TokenizerConfig, from_dict
 
 ROOT = Path(__file__).parent.parent
@@ -161,6 +162,7 @@ def test_configurations_load(page: Path, text: str) -> None:
     values = yaml.safe_load(text)
     classes = (None, *TOKENIZERS)  # a generator's config names a folder instead
     kind: type = TokenizerConfig if values.get("tokenizer") in classes else GeneratorConfig
+    kind = ContinuationConfig if "codec" in values else CodecConfig if "crop_seconds" in values else kind
     assert from_dict(kind, values).output == values["output"]
 
 
