@@ -153,7 +153,7 @@ def test_report_of_a_codec(tmp_path):
 
 def test_command_writes_a_report_of_codec_and_continuations(tmp_path: Path):
     folder = write_tones(tmp_path / "tones", count=2, seconds=1.6)
-    lines = [{"file": f"{index}.wav", "notes": [[0.0, 0.8, 57], [0.8, 0.8, 57]]} for index in range(2)]
+    lines = [{"file": f"{index}.wav", "notes": [[0.0, 0.8, 55], [0.8, 0.8, 55]]} for index in range(2)]
     (folder / "notes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tiny_pipeline().save_pretrained(tmp_path / "model")
     words = ["evaluate-audio", str(folder), "-o", str(tmp_path / "out"), "-m", str(tmp_path / "model")]

@@ -31,7 +31,7 @@ def tiny_codec() -> AudioTokenizer:
     codec = AudioTokenizer(**CODEC)
     with torch.no_grad():
         for name, value in codec.named_parameters():
-            if name.endswith("weight") and value.ndim == 3:
+            if name.startswith("encoder") and value.ndim == 3 and name.endswith("weight"):
                 value.mul_(2)
     return codec.eval()
 
