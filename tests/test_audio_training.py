@@ -16,7 +16,7 @@ from tokenloom.data.sounds import SoundFolder
 from tokenloom.layouts import Layout
 from tokenloom.training.audio_config import CodecConfig, ContinuationConfig
 from tokenloom.training.codec_task import CodecTask, open_codec
-from tokenloom.training.config import from_dict
+from tokenloom.training.config import from_dict, load_config
 from tokenloom.training.frame_families import FRAME_FAMILIES, Frames, build_frames
 from tokenloom.training.run import train_codec, train_continuation
 from tokenloom.training.sound_codes import sound_codes
@@ -148,3 +148,19 @@ def test_configs_that_are_wrong(desk):
         from_dict(ContinuationConfig, settings(desk, code_cash="x"))
     with pytest.raises(TokenloomError, match="'strdes'"):
         CodecTask(from_dict(CodecConfig, {"output": "x", "data": {"root": "y"}, "model": {"strdes": [4]}}))
+
+
+def test_recipes_are_valid_and_small():
+    recipes = Path(__file__).parent.parent / "recipes"
+    codec = load_config(CodecConfig, recipes / "chorales-codec.yaml")
+    config = load_config(ContinuationConfig, recipes / "chorales-continuation.yaml")
+    tokenizer = AudioTokenizer(**codec.model)
+    assert 1000 <= tokenizer.bits_per_second() <= 3000 and tokenizer.sample_rate == 16000
+    generator = build_frames(
+        config.generator,
+        Frames(tokenizer.layout_for(config.frames, config.codebooks), tokenizer.codebook_sizes),
+        config.model,
+    )
+    sizes = [sum(value.numel() for value in part.state_dict().values()) for part in (tokenizer, generator)]
+    assert 2 * sizes[0] < 6e6 and 2 * sum(sizes) < 12e6, sizes  # bytes in bfloat16
+    AudioContinuationPipeline(tokenizer, generator, config.sampling)
