@@ -98,7 +98,7 @@ class AudioContinuationPipeline(Pipeline):
             if key not in _SAMPLING_KEYS:
                 raise unknown_name("sampling setting", key, _SAMPLING_KEYS)
         layout = generator.order.layout
-        books = int(layout.shape[1]) if layout.kind == "frames" else 0
+        books = int(layout.shape[1]) if layout.kind == "frames" else 0  # type: ignore[arg-type]
         if not 1 <= books <= tokenizer.num_codebooks or tokenizer.vocab_size != generator.vocab_size:
             raise TokenloomError(
                 f"The codec makes frames of {tokenizer.num_codebooks} codebooks of {tokenizer.vocab_size} codes, but the "

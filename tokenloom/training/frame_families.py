@@ -36,7 +36,7 @@ class Frames:
 def _two_level(frames: Frames, options: Mapping[str, Any]) -> TwoLevelGenerator:
     """Options are those of `TwoLevelGenerator`, with "transformer", "encoder" and "decoder" for its configs."""
     given = {_SHORT.get(key, key): value for key, value in options.items()}
-    shape = {"frames": int(frames.layout.shape[0]), "codebook_sizes": list(frames.codebook_sizes)}  # type: ignore[call-overload]
+    shape = {"frames": int(frames.layout.shape[0]), "codebook_sizes": list(frames.codebook_sizes)}  # type: ignore[arg-type]
     for key in shape:
         if key in given:
             raise TokenloomError(f"model.{key} follows from the codec and from `frames`; take it away.")
