@@ -82,7 +82,7 @@ def test_filters(folder: Path) -> None:
         texts(split="test")
     with pytest.raises(TokenloomError, match="Expected a list of style values"):
         texts(styles="flat")
-    with pytest.raises(TokenloomError, match="no picture is left"):
+    with pytest.raises(TokenloomError, match="nothing is left"):
         texts(groups=[])
 
 

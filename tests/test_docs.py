@@ -19,6 +19,7 @@ from tokenloom.data import Caption, write_captions
 from tokenloom.demo import PHOTO
 from tokenloom.generators import order as order_module
 from tokenloom.tokenizers.registry import TOKENIZERS
+from tokenloom.training.audio_config import CodecConfig, ContinuationConfig
 from tokenloom.training.config import GeneratorConfig, TokenizerConfig, from_dict
 from tokenloom.training.segmentation_config import MaskTokenizerConfig, SegmentationConfig
 
@@ -164,6 +165,8 @@ def test_configurations_load(page: Path, text: str) -> None:
     kind: type = TokenizerConfig if values.get("tokenizer") in classes else GeneratorConfig
     if "scenes" in values:
         kind = SegmentationConfig if "tokenizer" in values or "unet" in values else MaskTokenizerConfig
+    elif "codec" in values or "crop_seconds" in values:
+        kind = ContinuationConfig if "codec" in values else CodecConfig
     assert from_dict(kind, values).output == values["output"]
 
 

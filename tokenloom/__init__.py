@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AudioContinuationPipeline": "tokenloom.pipelines.audio_continuation",
     "AudioTokenizer": "tokenloom.tokenizers.audio",
     "BlockDiffusionGenerator": "tokenloom.generators.block_diffusion",
     "Denoising": "tokenloom.generators.continuous",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from tokenloom.generators.sampling import Sampling as Sampling
     from tokenloom.generators.two_level import TwoLevelGenerator as TwoLevelGenerator
     from tokenloom.layouts import Layout as Layout
+    from tokenloom.pipelines.audio_continuation import AudioContinuationPipeline as AudioContinuationPipeline
     from tokenloom.pipelines.segmentation import SegmentationPipeline as SegmentationPipeline
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from tokenloom.tokenizers.audio import AudioTokenizer as AudioTokenizer
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from tokenloom.tokenizers.video import VideoTokenizer as VideoTokenizer
 
 __all__ = [
+    "AudioContinuationPipeline",
     "AudioTokenizer",
     "BlockDiffusionGenerator",
     "Denoising",

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
-from tokenloom import __version__
+from tokenloom import __version__, cli_audio
 from tokenloom import cli_masks as masks
+from tokenloom.cli_options import ERR as _ERR
+from tokenloom.cli_options import OUT as _OUT
+from tokenloom.cli_options import DeviceOption, ResumeOption, SetOption
+from tokenloom.cli_options import device_of as _device
 from tokenloom.errors import TokenloomError
 from tokenloom.models import DEFAULT_MODEL, bundled, resolve
 
@@ -25,12 +28,12 @@ if TYPE_CHECKING:
 
     from tokenloom.pipelines.text_to_image import TextToImagePipeline
 
-_OUT = Console(highlight=False, soft_wrap=True)
-_ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 _BATCH = 16  # pictures generated at once by `generate`
 _PREVIEWS = 16  # pictures in a sheet of steps
 _STOPPED = {
     "train": "Stopped. The last checkpoint is kept: go on with --resume latest.",
+    "train-codec": "Stopped. The last checkpoint is kept: go on with --resume latest.",
+    "train-continuation": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-mask-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-segmentation": "Stopped. The last checkpoint is kept: go on with --resume latest.",
@@ -69,11 +72,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Build training data from published packages.")
 app.add_typer(data_app, name="data")
+cli_audio.add(app, data_app)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Bundled name, folder, or hub id.")]
-DeviceOption = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, mps.")]
-ResumeOption = Annotated[str | None, typer.Option(help="'latest' or a checkpoint folder.")]
-SetOption = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. --set loop.steps=200.")]
 
 
 def _show_version(value: bool) -> None:
@@ -163,21 +164,6 @@ def generate(
         _OUT.print(
             media.save_image(media.sheet([media.enlarge(one, scale) for one in chosen]), steps), markup=False
         )
-
-
-def _device(device: str) -> str:
-    """The device that "auto" or a name stands for."""
-    import torch
-
-    from tokenloom.errors import unknown_name
-
-    accelerator = (
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
-    kinds = {"auto": accelerator, "cpu": "cpu", accelerator: accelerator}
-    if device not in kinds:
-        raise unknown_name("device", device, kinds, "See `tokenloom doctor` for what this machine has.")
-    return kinds[device]
 
 
 def _load(folder: Path, device: str) -> TextToImagePipeline:

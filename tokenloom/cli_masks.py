@@ -54,7 +54,7 @@ def segment(
     from PIL import Image
 
     from tokenloom import media
-    from tokenloom.cli import _device
+    from tokenloom.cli_options import device_of as _device
     from tokenloom.pipelines import segmentation
 
     for path in (output, *([overlay] if overlay else [])):
@@ -155,7 +155,7 @@ def evaluate_segmentation(
 ) -> None:
     """Measure segmentation by phrase beside its baselines, and mask tokens beside classical codes."""
     folder = resolve(model)  # before the slow imports
-    from tokenloom.cli import _device
+    from tokenloom.cli_options import device_of as _device
     from tokenloom.evaluation import mask_codes, segmentation
     from tokenloom.pipelines.segmentation import SegmentationPipeline
 

@@ -95,6 +95,16 @@ def audio_blocks(
     yield from resampler.finish()
 
 
+def sound_rate(path: str | os.PathLike[str]) -> int:
+    """Samples a second of a sound file.
+
+    Raises:
+        TokenloomError: As for `load_audio`.
+    """
+    with _open(Path(path)) as file:
+        return int(file.samplerate)
+
+
 def to_mono(audio: Tensor | np.ndarray[Any, Any]) -> Tensor:
     """One channel of float32 samples (B, 1, S) from sound of any common form.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,11 @@ class ImageCaptionFolder(Dataset[dict[str, Any]]):
         self.size = size
         self.fit = fit
         self.vary_captions = vary_captions
-        captions = _read_folder(self.root)
-        captions = _keep(captions, "split", [split] if isinstance(split, str) else split, self.root)
-        captions = _keep(captions, "style", styles, self.root)
-        captions = _keep(captions, "group", groups, self.root)
-        captions = _keep(captions, "licence", licences, self.root)
+        captions = read_folder(self.root)
+        captions = keep_captions(captions, "split", [split] if isinstance(split, str) else split, self.root)
+        captions = keep_captions(captions, "style", styles, self.root)
+        captions = keep_captions(captions, "group", groups, self.root)
+        captions = keep_captions(captions, "licence", licences, self.root)
         self.captions: tuple[Caption, ...] = tuple(captions)
         self._pixels: Tensor | None = None
         if cache:
@@ -189,22 +189,33 @@ def fit_square(picture: Image.Image, size: int, fit: str = "pad") -> Image.Image
     return square
 
 
-def _read_folder(root: Path) -> list[Caption]:
-    """Returns the captions of a folder, or one empty caption for each picture if it has no captions.jsonl."""
+def read_folder(
+    root: Path, suffixes: Collection[str] = PICTURE_SUFFIXES, what: str = "picture"
+) -> list[Caption]:
+    """Returns the captions of a folder, or one empty caption for each file if it has no captions.jsonl.
+
+    Args:
+        root: The folder.
+        suffixes: Endings of the files that count where there are no captions.
+        what: What the files are, for messages.
+
+    Raises:
+        TokenloomError: If there is no such folder, or nothing in it.
+    """
     if not root.is_dir():
-        what = "a file" if root.exists() else "nothing"
+        there = "a file" if root.exists() else "nothing"
         raise TokenloomError(
-            f"Expected a folder of pictures, got {str(root)!r}, where there is {what}. Check the path."
+            f"Expected a folder of {what}s, got {str(root)!r}, where there is {there}. Check the path."
         )
     if (root / CAPTIONS_FILE).exists():
         return read_captions(root)
-    found = (path for path in root.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    found = (path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     names = (path.relative_to(root).as_posix() for path in found)
     files = sorted(name for name in names if not _is_hidden(name))
     if not files:
         raise TokenloomError(
-            f"The folder {str(root)!r} has neither a {CAPTIONS_FILE} nor a picture "
-            f"({', '.join(sorted(PICTURE_SUFFIXES))}). Check the path."
+            f"The folder {str(root)!r} has neither a {CAPTIONS_FILE} nor a {what} "
+            f"({', '.join(sorted(suffixes))}). Check the path."
         )
     return [Caption(file=file, text="") for file in files]
 
@@ -218,7 +229,9 @@ def _value(caption: Caption, key: str) -> str | None:
     return DEFAULT_SPLIT if key == "split" and value is None else value
 
 
-def _keep(captions: list[Caption], key: str, wanted: Iterable[str] | None, root: Path) -> list[Caption]:
+def keep_captions(
+    captions: list[Caption], key: str, wanted: Iterable[str] | None, root: Path
+) -> list[Caption]:
     """Keeps the captions whose value of `key` is wanted; None keeps all."""
     if wanted is None:
         return captions
@@ -237,11 +250,11 @@ def _keep(captions: list[Caption], key: str, wanted: Iterable[str] | None, root:
                 key,
                 name,
                 present,
-                f"The pictures of {str(root)!r} left by the other filters have these values.",
+                f"The files of {str(root)!r} left by the other filters have these values.",
             )
     kept = [caption for caption in captions if _value(caption, key) in names]
     if not kept:
         raise TokenloomError(
-            f"The list of {key} values is empty, so no picture is left. Name some of {sorted(present)}."
+            f"The list of {key} values is empty, so nothing is left. Name some of {sorted(present)}."
         )
     return kept

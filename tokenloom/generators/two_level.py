@@ -185,9 +185,13 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
             cache.commit(rows)
             done += rows
             scale = strength.at(progress, step=index, made=index * per_patch, count=per_patch)
-            draw = self._drawing(index * per_patch, scale, batch, seeds, sampling.at(progress), kept)
-            codes[:, index] = self.decoder.generate(self.tables, hidden, draw)
-            committed[index * per_patch : (index + 1) * per_patch] = True
+            part = slice(index * per_patch, (index + 1) * per_patch)
+            if kept is not None and bool(kept[1][:, part].all()):  # nothing to draw
+                codes[:, index] = kept[0][:, part].view_as(codes[:, index])
+            else:
+                draw = self._drawing(part.start, scale, batch, seeds, sampling.at(progress), kept)
+                codes[:, index] = self.decoder.generate(self.tables, hidden, draw)
+            committed[part] = True
             if on_step is not None:
                 on_step(Step(index, self.patches, codes.flatten(1), committed.clone()))
             if index + 1 < self.patches:

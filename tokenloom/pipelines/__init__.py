@@ -10,6 +10,8 @@ from tokenloom.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "AudioContinuationOutput": "audio_continuation",
+        "AudioContinuationPipeline": "audio_continuation",
         "Reconstruction": "reconstruction",
         "SegmentationOutput": "segmentation",
         "SegmentationPipeline": "segmentation",

@@ -31,7 +31,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _check_range(where: str, value: float, low: float, high: float = math.inf) -> None:
+def check_range(where: str, value: float, low: float, high: float = math.inf) -> None:
     if not low <= value <= high or math.isinf(value):
         limit = f"between {low} and {high}" if math.isfinite(high) else f"a number of at least {low}"
         raise TokenloomError(f"{where} must be {limit}, got {value}.")
@@ -132,12 +132,12 @@ class LoopConfig:
             "checkpoint_every",
             "keep",
         ):
-            _check_range(f"loop.{key}", getattr(self, key), 1)
+            check_range(f"loop.{key}", getattr(self, key), 1)
         for key in ("learning_rate", "weight_decay", "warmup", "clip"):
-            _check_range(f"loop.{key}", getattr(self, key), 0)
+            check_range(f"loop.{key}", getattr(self, key), 0)
         for key in ("cooldown", "ema"):
-            _check_range(f"loop.{key}", getattr(self, key), 0, 1)
-        _check_range("loop.seed", self.seed, 0, 2**32 - 1)
+            check_range(f"loop.{key}", getattr(self, key), 0, 1)
+        check_range("loop.seed", self.seed, 0, 2**32 - 1)
         if len(self.betas) != 2:
             raise TokenloomError(f"loop.betas must be two numbers, got {self.betas}.")
         for index, beta in enumerate(self.betas):
@@ -228,8 +228,8 @@ class TextConfig:
     max_tags: int = 2
 
     def __post_init__(self) -> None:
-        _check_range("text.max_length", self.max_length, 1)
-        _check_range("text.drop", self.drop, 0, 1)
+        check_range("text.max_length", self.max_length, 1)
+        check_range("text.drop", self.drop, 0, 1)
 
 
 @dataclass(kw_only=True)
@@ -254,10 +254,10 @@ class GeneratorLossConfig:
 
     def __post_init__(self) -> None:
         for index, weight in enumerate(self.step_weights):
-            _check_range(f"loss.step_weights[{index}]", weight, 0)
-        _check_range("loss.progressive", self.progressive, 0, 1)
-        _check_range("loss.progressive_first", self.progressive_first, 1)
-        _check_range("loss.growth_share", self.growth_share, 0, 1)
+            check_range(f"loss.step_weights[{index}]", weight, 0)
+        check_range("loss.progressive", self.progressive, 0, 1)
+        check_range("loss.progressive_first", self.progressive_first, 1)
+        check_range("loss.growth_share", self.growth_share, 0, 1)
 
 
 @dataclass(kw_only=True)
@@ -303,7 +303,7 @@ class GeneratorConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        _check_range("views", self.views, 0)
+        check_range("views", self.views, 0)
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:

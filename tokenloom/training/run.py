@@ -1,9 +1,10 @@
-"""Entry points of the command line: train a tokenizer, a generator, a mask tokenizer, a model that segments by phrase."""
+"""Entry points of the command line: one function a kind of training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from tokenloom.training.audio_config import CodecConfig, ContinuationConfig
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, load_config
 from tokenloom.training.loop import Task, Trainer
 from tokenloom.training.segmentation_config import MaskTokenizerConfig, SegmentationConfig
@@ -91,3 +92,39 @@ def train_segmentation(
 
     settings = load_config(SegmentationConfig, config, overrides)
     return _train(make_task(settings), settings.loop, settings.output, resume)
+
+
+def train_codec(config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None) -> Path:
+    """Trains the audio codec of a YAML config.
+
+    Args:
+        config: Path of the YAML file (see `CodecConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained codec.
+    """
+    from tokenloom.training.codec_task import CodecTask
+
+    settings = load_config(CodecConfig, config, overrides)
+    return _train(CodecTask(settings), settings.loop, settings.output, resume)
+
+
+def train_continuation(
+    config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None
+) -> Path:
+    """Trains the generator of a YAML config on the codes of a codec.
+
+    Args:
+        config: Path of the YAML file (see `ContinuationConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained pipeline.
+    """
+    from tokenloom.training.continuation_task import ContinuationTask
+
+    settings = load_config(ContinuationConfig, config, overrides)
+    return _train(ContinuationTask(settings), settings.loop, settings.output, resume)

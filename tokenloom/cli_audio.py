@@ -1,0 +1,209 @@
+"""The commands of sound: continue, train-codec, train-continuation, evaluate-audio, data chorales.
+
+Commands import what they need when they run. `tokenloom.cli` adds them to the program and turns errors into one line.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenloom.cli_options import ERR, OUT, DeviceOption, ResumeOption, SetOption, device_of
+from tokenloom.errors import TokenloomError
+from tokenloom.models import INDEX_FILE, bundled, resolve
+
+_PIPELINE = "AudioContinuationPipeline"
+
+
+def add(app: typer.Typer, data_app: typer.Typer) -> None:
+    """Adds the commands to the program."""
+    app.command("continue")(continue_sound)
+    app.command("train-codec")(train_codec)
+    app.command("train-continuation")(train_continuation)
+    app.command("evaluate-audio")(evaluate_audio)
+    data_app.command("chorales")(chorales)
+
+
+def default_model() -> str:
+    """The first bundled model that continues sound.
+
+    Raises:
+        TokenloomError: If there is none.
+    """
+    for info in bundled().values():
+        if _continues(info.path):
+            return info.name
+    raise TokenloomError(
+        "No bundled model continues sound. Give --model a folder that `tokenloom train-continuation` wrote, or a hub id."
+    )
+
+
+def _continues(folder: Path) -> bool:
+    index = folder / INDEX_FILE
+    return index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("_class_name") == _PIPELINE
+
+
+def continue_sound(
+    prompt: Annotated[Path, typer.Argument(help="Sound file: WAV, FLAC, OGG, Opus, MP3.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Sound file to write.")] = Path("out.wav"),
+    seconds: Annotated[float, typer.Option(help="Length of the continuation.")] = 4.0,
+    seed: Annotated[int | None, typer.Option(help="Gives the same continuation again.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 for all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only tokens of this total probability.")] = None,
+    overlap: Annotated[
+        float | None, typer.Option(help="Seconds that the model looks back to; default half its window.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Bundled name, folder, or hub id.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also write a figure of spectrograms (needs tokenloom[figures]).")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Continue a piece of sound. The prompt stays as it is; the seed is printed."""
+    folder = resolve(default_model() if model is None else model)  # before the slow imports
+    from diffusers.utils import logging as diffusers_logging
+
+    from tokenloom import media, media_audio
+    from tokenloom.media_spectrogram import plot_spectrograms
+    from tokenloom.pipelines.audio_continuation import AudioContinuationPipeline
+
+    media_audio.check_audio_output(output)
+    if plot is not None:
+        media.check_output(plot)
+    media_audio.sound_rate(prompt)
+    diffusers_logging.disable_progress_bar()
+    pipe = AudioContinuationPipeline.from_pretrained(folder).to(device_of(device))
+    pipe.set_progress_bar_config(desc="continuing", leave=False, disable=None)
+    result = pipe(
+        prompt,
+        seconds=seconds,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        overlap=overlap,
+    )
+    rate, sound = result.sampling_rate, result.audios[0, 0]
+    path = media_audio.save_audio(sound, output, rate)
+    begin = result.prompt_samples / rate
+    OUT.print(
+        f"{path}: {len(sound) / rate:.2f} s, new from {begin:.2f} s (seed {result.seeds[0]})", markup=False
+    )
+    if plot is not None:
+        OUT.print(plot_spectrograms({path.name: sound}, rate, plot, begin), markup=False)
+
+
+def train_codec(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    resume: ResumeOption = None,
+    changes: SetOption = [],  # noqa: B006
+) -> None:
+    """Train an audio codec."""
+    from tokenloom.training import run
+
+    OUT.print(f"trained: {run.train_codec(config, resume=resume, overrides=changes)}", markup=False)
+
+
+def train_continuation(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    resume: ResumeOption = None,
+    changes: SetOption = [],  # noqa: B006
+) -> None:
+    """Train a generator that continues sound."""
+    from tokenloom.training import run
+
+    OUT.print(f"trained: {run.train_continuation(config, resume=resume, overrides=changes)}", markup=False)
+
+
+def evaluate_audio(
+    data: Annotated[
+        Path, typer.Argument(help="Folder of sounds; with notes.jsonl continuations are judged too.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.md and report.json.")
+    ] = Path("audio-report"),
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Codec or continuation model: bundled name, folder, or hub id."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only sounds of this split of captions.jsonl.")] = None,
+    count: Annotated[int, typer.Option(help="Most sounds.")] = 16,
+    prompt_seconds: Annotated[float, typer.Option(help="Length of a prompt.")] = 4.0,
+    seconds: Annotated[float, typer.Option(help="Length of a continuation.")] = 6.0,
+    codebooks: Annotated[
+        list[int], typer.Option(help="Codebooks used (may be repeated); default half and all.")
+    ] = [],  # noqa: B006
+    codecs: Annotated[
+        list[str], typer.Option("--codec", help="Only this codec (may be repeated); by default all.")
+    ] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Seed of the first continuation.")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure a codec beside Opus, MP3 and Vorbis, and continuations note by note."""
+    folder = resolve(default_model() if model is None else model)  # before the slow imports
+    from tokenloom.data.chorales import NOTES_FILE
+    from tokenloom.data.sounds import SoundFolder
+    from tokenloom.evaluation import audio_report, continuations
+    from tokenloom.tokenizers import load_tokenizer
+
+    codec = load_tokenizer(folder).to(device_of(device))
+    if codec.modality != "audio":
+        raise TokenloomError(f"Expected a model of sound, got one of the modality {codec.modality!r}.")
+    sounds = SoundFolder(data, split, codec.sample_rate)
+    chosen = audio_report.pieces(sounds, prompt_seconds + seconds, count)
+    figures = audio_report.evaluate_codec(
+        codec,
+        [sound for _, sound in chosen],
+        codebooks=codebooks or None,
+        codecs=codecs or None,
+        log=_log,
+    )
+    parts = {"Codec": (figures, audio_report.codec_table(figures))}
+    if _continues(folder) and (data / NOTES_FILE).is_file():
+        from tokenloom.pipelines.audio_continuation import AudioContinuationPipeline
+
+        pipe = AudioContinuationPipeline.from_pretrained(folder).to(device_of(device))
+        pipe.set_progress_bar_config(disable=True)
+        scores = continuations.evaluate_continuations(
+            pipe,
+            sounds,
+            prompt_seconds=prompt_seconds,
+            seconds=seconds,
+            count=count,
+            seed=seed,
+            log=_log,
+        )
+        parts["Continuations"] = (scores, continuations.continuation_table(scores))
+    for path in audio_report.write_audio_report(parts, output):
+        OUT.print(path, markup=False)
+
+
+def _log(line: str) -> None:
+    ERR.print(line, markup=False)
+
+
+def chorales(
+    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
+    copies: Annotated[
+        int, typer.Option(help="Renderings of each training piece, in other keys and tempos.")
+    ] = 1,
+    rate: Annotated[int, typer.Option(help="Samples a second.")] = 16000,
+    limit: Annotated[int | None, typer.Option(help="Render no more pieces than this.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides keys and tempos.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
+) -> None:
+    """Build the set of Bach's chorales on recorded piano notes (credit needed: CC-BY-3.0)."""
+    from tokenloom.data.chorales import build_chorales
+
+    report = build_chorales(out, copies=copies, sample_rate=rate, limit=limit, seed=seed, cache_dir=cache)
+    parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
+    OUT.print(
+        f"{report.folder}: {report.sounds:,} sounds ({parts}), {report.minutes:.0f} min, in {report.seconds:.0f} s",
+        markup=False,
+    )
