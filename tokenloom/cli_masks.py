@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from tokenloom.cli_options import ERR as _ERR
+from tokenloom.cli_options import OUT as _OUT
+from tokenloom.cli_options import DeviceOption, ResumeOption, SetOption
+from tokenloom.cli_options import device_of as _device
 from tokenloom.errors import TokenloomError
 from tokenloom.models import resolve
 
@@ -18,13 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tokenloom.data.referring import Example
-
-_OUT = Console(highlight=False, soft_wrap=True)
-_ERR = Console(stderr=True, highlight=False, soft_wrap=True)
-
-DeviceOption = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, mps.")]
-ResumeOption = Annotated[str | None, typer.Option(help="'latest' or a checkpoint folder.")]
-SetOption = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. --set loop.steps=200.")]
 
 
 def add_commands(app: typer.Typer, data_app: typer.Typer) -> None:
@@ -54,7 +50,6 @@ def segment(
     from PIL import Image
 
     from tokenloom import media
-    from tokenloom.cli_options import device_of as _device
     from tokenloom.pipelines import segmentation
 
     for path in (output, *([overlay] if overlay else [])):
@@ -155,7 +150,6 @@ def evaluate_segmentation(
 ) -> None:
     """Measure segmentation by phrase beside its baselines, and mask tokens beside classical codes."""
     folder = resolve(model)  # before the slow imports
-    from tokenloom.cli_options import device_of as _device
     from tokenloom.evaluation import mask_codes, segmentation
     from tokenloom.pipelines.segmentation import SegmentationPipeline
 

@@ -92,14 +92,21 @@ def _titok() -> dict[str, Preset]:
     for size, tokens, count in (("l", 32, "641M"), ("b", 64, "205M"), ("s", 128, "84M")):
         add(f"tokenizer_titok_{size}{tokens}_imagenet", _lines(tokens, size, size, 4096, 12, **old), count)
     for sizes, tokens, count in (("bl", 64, ""), ("bl", 128, "390M"), ("sl", 256, "330M")):
-        add(f"tokenizer_titok_{sizes}{tokens}_vq8k_imagenet", _lines(tokens, *sizes, 8192, 64, **vq), count)
+        add(
+            f"tokenizer_titok_{sizes}{tokens}_vq8k_imagenet",
+            _lines(tokens, sizes[0], sizes[1], 8192, 64, **vq),
+            count,
+        )
     for sizes, tokens in (("ll", 32), ("bl", 64), ("bl", 128)):
-        add(f"tokenizer_titok_{sizes}{tokens}_vae_c16_imagenet", _lines(tokens, *sizes, 0, 16, **vae))
+        add(
+            f"tokenizer_titok_{sizes}{tokens}_vae_c16_imagenet",
+            _lines(tokens, sizes[0], sizes[1], 0, 16, **vae),
+        )
     for tokens in (32, 64, 128):
-        values = _lines(tokens, "b", "l", 8192, 64, **vq, clustering_vq=True, **text)
+        values = _lines(tokens, "b", "l", 8192, 64, **{**vq, "clustering_vq": True, **text})
         add(f"tokenizer_tatitok_bl{tokens}_vq", values, family="tatitok")
     for sizes, tokens in (("bl", 32), ("bl", 64), ("sl", 128)):
-        values = _lines(tokens, *sizes, 0, 16, **vae, **text)
+        values = _lines(tokens, sizes[0], sizes[1], 0, 16, **{**vae, **text})
         add(f"tokenizer_tatitok_{sizes}{tokens}_vae", values, family="tatitok")
     return made
 

@@ -28,7 +28,7 @@ class RangedTokenGenerator(NextTokenGenerator):
 
     def make_rule(self, options: dict[str, Any]) -> Tensor:
         """LongTensor (N, 2): lowest code of each position, and the code behind the highest."""
-        parts = options.get("ranges")
+        parts: Any = options.get("ranges")
         good = (
             isinstance(parts, (list, tuple))
             and parts

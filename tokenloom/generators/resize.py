@@ -9,7 +9,7 @@ Legend: N positions, P prefix rows, D width.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,9 @@ def resized(generator: G, layout: Layout, *, interpolate: bool = False) -> G:
     Example:
         >>> large = resized(small, Layout.grid(12, 8))
     """
-    config: dict[str, Any] = {key: value for key, value in dict(generator.config).items() if key[:1] != "_"}
+    config: dict[str, Any] = {
+        key: value for key, value in dict(cast("Any", generator).config).items() if key[:1] != "_"
+    }
     order = Order.from_config(config["order_config"])
     old = order.layout
     if layout.kind != old.kind or (old.kind == "scales" and len(layout.shape) != len(old.shape)):
