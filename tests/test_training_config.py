@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tokenloom import TokenloomError
+from tokenloom import MaskTokenizer, TokenloomError
 from tokenloom.layouts import Layout
 from tokenloom.pyramid import ResidualPyramid
 from tokenloom.tokenizers.image import ImageTokenizer
@@ -23,11 +23,14 @@ from tokenloom.training.config import (
     load_config,
 )
 from tokenloom.training.families import build_generator, build_order
+from tokenloom.training.segmentation_config import MaskTokenizerConfig, SegmentationConfig
 
 RECIPES = [
     path
     for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-    if not path.stem.startswith("chorales")  # those of sound have configs of their own
+    if not path.stem.startswith(
+        ("chorales", "masks128")
+    )  # those of sound and masks have configs of their own
 ]
 MINIMAL = "output: out\ndata: {root: pictures}\n"
 
@@ -206,6 +209,19 @@ def test_every_recipe_is_valid_and_builds_its_model(path):
     generator = build_generator(config.generator, tokenizer, words, config.model)
     assert generator.order.layout == tokenizer.layout
     assert sum(p.numel() for p in generator.parameters()) < 12e6
+
+
+def test_the_recipes_of_masks_are_valid():
+    folder = Path(__file__).parent.parent / "recipes"
+    settings = load_config(MaskTokenizerConfig, folder / "masks128-tokenizer.yaml")
+    with torch.device("meta"):
+        tokenizer = MaskTokenizer(**settings.model)
+    assert (tokenizer.image_size, tokenizer.levels) == (128, 32)
+    assert sum(value.numel() for value in tokenizer.parameters()) < 3e6
+    phrases, unet = (
+        load_config(SegmentationConfig, folder / f"masks128-{name}.yaml") for name in ("phrases", "unet")
+    )
+    assert (phrases.segmenter, unet.segmenter) == ("tokens", "unet")
 
 
 def scale_tokenizer() -> SimpleNamespace:
