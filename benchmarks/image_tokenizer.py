@@ -49,7 +49,9 @@ def main(
 ) -> None:
     """Times both and prints the ratios."""
     theirs = official(repository)
-    exact = from_official("llamagen_vq", theirs.state_dict(), {"encoder_ch_mult": [1, 1, 2, 2, 4], **_CONFIG}).eval()
+    exact = from_official(
+        "llamagen_vq", theirs.state_dict(), {"encoder_ch_mult": [1, 1, 2, 2, 4], **_CONFIG}
+    ).eval()
     pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     _, _, (_, _, codes) = theirs.encode(pixels)
     shape = (1, 8, size // 16, size // 16)
