@@ -32,7 +32,6 @@ def _llamagen(config: Config) -> nn.Module:
         config["num_res_blocks"],
         config["z_channels"],
         config["norm_groups"],
-        project=True,
         quantizer_options={"codebook_size": config["codebook_size"], "dim": config["codebook_embed_dim"]},
     )
 
@@ -43,10 +42,9 @@ def _maskgit(config: Config) -> nn.Module:
         config["ch"],
         config["ch_mult"],
         config["blocks"],
-        config["z"],
+        None,
         config["norm_groups"],
         form="maskgit",
-        project=False,
         quantizer_options={"codebook_size": config["codebook"], "dim": config["z"]},
     )
 

@@ -68,6 +68,20 @@ def test_padding_repeats_the_edge():
     assert torch.equal(tokenizer.reconstruct(picture), tokenizer.reconstruct(whole)[:, :, :14])
 
 
+def test_squares_of_pixels_as_channels():
+    tokenizer = build(patch=2)
+    assert (tokenizer.stride, tokenizer.grid) == (8, 2)
+    assert tokenizer.encoder.conv_in.weight.shape[1] == 12
+    assert tokenizer.reconstruct(pictures(2, 13, 20)).shape == (2, 3, 13, 20)
+
+
+def test_without_projections_latents_are_as_wide_as_codes():
+    tokenizer = build(latent_channels=None)
+    assert tokenizer.encoder.conv_out.out_channels == tokenizer.quantizer.dim == 4
+    assert not any("to_code" in name for name, _ in tokenizer.named_parameters())
+    assert tokenizer.features(pictures(1)).shape == (1, 16, 4)
+
+
 def test_a_layout_that_is_not_square():
     tokenizer = build(image_size=(16, 24))
     assert tokenizer.layout == Layout.grid(4, 6)
@@ -164,7 +178,7 @@ def test_wrong_codes_are_named():
         ({"form": "tamming"}, "'taming'"),
         ({"multipliers": ()}, "at least 1"),
         ({"norm_groups": 3}, "multiple of groups=3"),
-        ({"project": False}, "quantizer's width 4, got 8"),
+        ({"patch": 0}, "patch and every one"),
         ({"image_size": (1, 2, 3)}, "size is one number"),
         (
             {"quantizer_type": "residual_fsq", "quantizer_options": {"levels": [4], "quantizers": 2}},

@@ -117,12 +117,14 @@ def from_official(family: str, state: dict[str, Tensor], config: dict[str, Any])
         quantizer["commitment"] = float(config.get("commit_loss_beta", 0.25))
         quantizer["entropy_weight"] = float(config.get("entropy_loss_ratio", 0.0))
     size = config.get("image_hw") or config.get("image_size") or _PUBLISHED_SIZE
+    shape = _shape(family, state)
+    if not llamagen:  # the encoder's channels are the codes' width
+        shape["latent_channels"] = None
     module = ImageCNNTokenizer(
         image_size=size,
-        **_shape(family, state),
+        **shape,
         norm_groups=config.get("norm_groups", PUBLISHED_GROUPS),
         form="taming" if llamagen else "maskgit",
-        project=llamagen,
         quantizer_options=quantizer,
         pixel_range=(-1.0, 1.0) if llamagen else (0.0, 1.0),
         clamp=False,

@@ -30,14 +30,15 @@ class ImageCNNTokenizer(ImageTokenizer):
         channels: Width at full resolution.
         multipliers: Width of every level as a multiple of `channels`; each level after the first halves the resolution.
         blocks: Residual blocks a level.
-        latent_channels: Channels between the convolutions and the projections to and from codes.
+        latent_channels: Channels between the convolutions and the 1x1 projections to and from codes; `None`: the quantizer's
+            width, without projections.
         norm_groups: Groups of the group norms.
         form: "taming" or "maskgit", see `tokenloom.tokenizers.cnn`.
-        project: Whether 1x1 convolutions stand between latent channels and codes; without them both have one width.
         quantizer_type: "vq", "fsq" or another quantizer with one code a vector.
         quantizer_options: Keyword options of the quantizer; by default a cosine codebook of 4,096 codes of width 8.
         pixel_range: Lowest and highest value of a pixel.
         clamp: Whether `decode` clamps to `pixel_range`; official weights do not.
+        patch: Side of the squares of pixels that count as channels, see `tokenloom.tokenizers.cnn.CNNConfig`.
     """
 
     any_size = True
@@ -49,23 +50,16 @@ class ImageCNNTokenizer(ImageTokenizer):
         channels: int = 32,
         multipliers: Sequence[int] = (1, 2, 2, 4),
         blocks: int = 2,
-        latent_channels: int = 64,
+        latent_channels: int | None = 64,
         norm_groups: int = 32,
         form: str = "taming",
-        project: bool = True,
         quantizer_type: str = "vq",
         quantizer_options: dict[str, object] | None = None,
         pixel_range: Sequence[float] = (-1.0, 1.0),
         clamp: bool = True,
+        patch: int = 1,
     ) -> None:
         super().__init__()
-        shape = CNNConfig(channels, tuple(multipliers), blocks, latent_channels, norm_groups, form)
-        self.stride = shape.stride
-        height, width = as_size(image_size)
-        self.image_size: int | Size = height if height == width else (height, width)
-        rows, columns = self.grid_of((height, width))
-        self.grid: int | Size = rows if rows == columns else (rows, columns)
-        self.layout = Layout.grid(rows, columns)
         if quantizer_options is None and quantizer_type == "vq":
             quantizer_options = {"codebook_size": 4096, "dim": 8}
         self.quantizer = make_quantizer(quantizer_type, dict(quantizer_options or {}))
@@ -74,15 +68,21 @@ class ImageCNNTokenizer(ImageTokenizer):
             raise TokenloomError(
                 f"ImageCNNTokenizer needs one code a place, but {quantizer_type} gives {self.quantizer.codebooks}."
             )
-        if not project and latent_channels != dim:
-            raise TokenloomError(
-                f"Without projections latent_channels must be the quantizer's width {dim}, got {latent_channels}."
-            )
+        latent = dim if latent_channels is None else latent_channels
+        shape = CNNConfig(channels, tuple(multipliers), blocks, latent, norm_groups, form, patch)
+        self.stride = shape.stride
+        height, width = as_size(image_size)
+        self.image_size: int | Size = height if height == width else (height, width)
+        rows, columns = self.grid_of((height, width))
+        self.grid: int | Size = rows if rows == columns else (rows, columns)
+        self.layout = Layout.grid(rows, columns)
         self.pixel_range = (float(pixel_range[0]), float(pixel_range[1]))
         self.clamp = clamp
         self.encoder = CNNEncoder(shape)
-        self.to_code = nn.Conv2d(latent_channels, dim, 1) if project else nn.Identity()
-        self.from_code = nn.Conv2d(dim, latent_channels, 1) if project else nn.Identity()
+        self.to_code, self.from_code = (
+            nn.Identity() if latent_channels is None else nn.Conv2d(*pair, 1)
+            for pair in ((latent, dim), (dim, latent))
+        )
         self.decoder = CNNDecoder(shape)
 
     def grid_of(self, size: Size) -> Size:
