@@ -21,7 +21,6 @@ from tokenloom import TokenloomError
 from tokenloom.training.config import LoopConfig
 from tokenloom.training.loop import (
     Trainer,
-    _parameter_groups,
     batch_generator,
     epoch_batches,
     learning_rate_factor,
@@ -422,16 +421,6 @@ def test_bf16_trains(tmp_path):
     train(tmp_path, task, precision="bf16", steps=40, learning_rate=3e-2)
     assert (task.module(task.x) - task.y).square().mean().item() < before / 2
     assert all(value.dtype == torch.float32 for value in weights(task.module))
-
-
-def test_vectors_and_codebooks_do_not_decay():
-    module = nn.Module()
-    module.linear, module.codebook = nn.Linear(3, 2), nn.Parameter(torch.ones(4, 3))
-    module.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
-    decayed, kept = _parameter_groups(module, 0.1)
-    assert [p is module.linear.weight for p in decayed["params"]] == [True]
-    assert {id(p) for p in kept["params"]} == {id(module.linear.bias), id(module.codebook)}
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
 
 
 @pytest.mark.slow

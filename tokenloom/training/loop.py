@@ -1,4 +1,4 @@
-"""The training loop: accelerate, AdamW, weight averages, atomic checkpoints, resume, log and sample grids.
+"""The training loop: accelerate, weight averages, atomic checkpoints, resume, log and sample grids.
 
 A `Task` says what is trained, on which batches, with which loss, and how samples are drawn. The loop knows nothing of
 pictures, codes or models beyond that.
@@ -30,8 +30,13 @@ from tokenloom.errors import TokenloomError
 from tokenloom.models import replace_folder
 from tokenloom.training.config import LoopConfig
 from tokenloom.training.interrupts import noticed_interrupts
+from tokenloom.training.optimizers import make_optimizer
 
-_SETTINGS = ("initial_lr", "weight_decay", "betas")  # of AdamW, taken from the config also after a resume
+_SETTINGS = (
+    "initial_lr",
+    "weight_decay",
+    "betas",
+)  # of the optimizer, taken from the config also after a resume
 
 
 class Task(ABC):
@@ -109,17 +114,6 @@ def batch_generator(seed: int, step: int, micro: int, rank: int) -> torch.Genera
     return torch.Generator().manual_seed(int(state[0]) % 2**63)
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors and codebooks, whose length is a position and not a strength, do not."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim >= 2 and name.rpartition(".")[2] != "codebook"]
-    kept = {id(p) for p in decayed}
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for _, p in named if id(p) not in kept], "weight_decay": 0.0},
-    ]
-
-
 def resolve_precision(precision: str) -> str:
     """Turns "auto" into "bf16" where the hardware computes it, else "no"."""
     if precision != "auto":
@@ -176,10 +170,12 @@ class Trainer:
             step_scheduler_with_optimizer=False,
         )
         set_seed(config.seed, device_specific=True)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(task.module, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.betas[0], config.betas[1]),
+        optimizer = make_optimizer(
+            config.optimizer,
+            task.module,
+            config.learning_rate,
+            config.weight_decay,
+            (config.betas[0], config.betas[1]),
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, config)
