@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import tiny_pipeline, tiny_tokenizer
+from tiny_networks import Means
 from typer.testing import CliRunner
 
-from tokenloom import models
+from tokenloom import ImageCNNTokenizer, models
 from tokenloom.cli import app
 from tokenloom.errors import TokenloomError
 from tokenloom.evaluation import rate_distortion as rd
@@ -33,7 +34,8 @@ class _Means(torch.nn.Module):
     def lengths_of(self, size: tuple[int, int]) -> tuple[int, ...]:
         return (1, 2, 4, 8, 16)
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
+        assert size == (16, 16)
         rows = torch.nn.functional.pad(codes / 127.5 - 1, (0, 16 - codes.shape[1]))
         return rows[:, None, :, None].expand(-1, 3, -1, 16)
 
@@ -60,6 +62,15 @@ def test_more_tokens_keep_more_of_a_picture() -> None:
     assert figures["points"][-1]["adaptive_bits"] == pytest.approx(128, rel=0.1)
     assert "| 16 | 128 |" in rd.rate_distortion_table(figures)
     assert figures["speed"]["encode_ms"] > 0
+
+
+def test_a_tokenizer_for_any_size_is_told_the_size() -> None:
+    torch.manual_seed(0)
+    tokenizer = ImageCNNTokenizer(16, channels=8, multipliers=(1, 2), blocks=1, norm_groups=4).eval()
+    pixels = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    config = rd.RateDistortionConfig(codec_pictures=0, rounds=1)
+    figures = rd.rate_distortion(tokenizer, pixels, config)
+    assert (figures["size"], figures["points"][0]["tokens"]) == ([16, 24], 8 * 12)
 
 
 def test_only_prefixes_that_decode_are_measured() -> None:
@@ -89,6 +100,24 @@ def test_the_command_writes_a_report_and_a_figure(tmp_path: Path) -> None:
     assert figures["pictures"] == 3 and figures["points"][0]["bits"] == 16 * 6
     assert Image.open(out / "rate_distortion.png").size[0] > 500
     assert "WEBP" in (out / "report.md").read_text()
+
+
+def test_fid_and_lpips_need_the_files_of_their_networks(tmp_path: Path) -> None:
+    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
+    config = rd.RateDistortionConfig(
+        tokens=(4, 16),
+        codec_pictures=0,
+        rounds=1,
+        fid=str(tmp_path / "means.pt"),
+        lpips=str(tmp_path / "means.pt"),
+    )
+    figures = rd.rate_distortion(_Means(), _rows(), config)
+    few, exact = figures["points"]
+    assert few["fid"] > 1e-4 and few["lpips"] > 1e-4
+    assert exact["fid"] == pytest.approx(0, abs=1e-9) and exact["lpips"] == 0
+    assert "| LPIPS | FID |" in rd.rate_distortion_table(figures)
+    with pytest.raises(TokenloomError, match="FID is defined by a network that does not come with tokenloom"):
+        rd.rate_distortion(_Means(), _rows(), rd.RateDistortionConfig(fid="none.pt"))
 
 
 def test_a_size_the_tokenizer_does_not_take_is_refused() -> None:

@@ -39,6 +39,18 @@ def test_a_tokenizer_for_any_size_gets_the_whole_picture() -> None:
     assert result.bits == sum(rows * columns for rows, columns in maps) * 12  # 4,096 codes
 
 
+def test_a_line_of_codes_describes_a_tile_not_a_large_picture() -> None:
+    tokenizer = tokenloom.ImageFlexTokenizer(
+        16,
+        registers=4,
+        encoder_config={"width": 8, "depth": 1, "heads": 1},
+        decoder_config={"width": 8, "depth": 1, "heads": 1, "kind": "direct"},
+    ).eval()
+    result = reconstruction.reconstruct_image(tokenizer, Image.open(PHOTO).crop((0, 0, 40, 20)))
+    assert (result.tiles, result.image.size) == (6, (40, 20))
+    assert result.bits == pytest.approx(6 * 4 * math.log2(64000))
+
+
 def test_fewer_tokens_are_fewer_bits() -> None:
     torch.manual_seed(0)
     tokenizer = tokenloom.ImageScaleTokenizer(

@@ -388,6 +388,12 @@ def evaluate_tokenizer(
     ] = [],  # noqa: B006
     codec_pictures: Annotated[int, typer.Option(help="Pictures the codecs code; 0 for none.")] = 50,
     seed: Annotated[int, typer.Option(help="Decides which pictures are drawn.")] = 0,
+    fid: Annotated[
+        str | None, typer.Option(help="Measure FID with this file: StyleGAN3's inception-2015-12-05.pt.")
+    ] = None,
+    lpips: Annotated[
+        str | None, typer.Option(help="Measure LPIPS with this file: StyleGAN3's vgg16.pt.")
+    ] = None,
 ) -> None:
     """Measure rate and distortion of a tokenizer beside JPEG, WebP, AVIF and JPEG 2000."""
     resolve(tokenizer)  # before the slow imports
@@ -397,7 +403,11 @@ def evaluate_tokenizer(
     module = load_tokenizer(tokenizer)
     pixels = rd.load_pixels(images, rd.picture_size(module, size), split, count, seed)
     config = rd.RateDistortionConfig(
-        tokens=tuple(tokens) or None, codecs=tuple(codecs) or None, codec_pictures=codec_pictures
+        tokens=tuple(tokens) or None,
+        codecs=tuple(codecs) or None,
+        codec_pictures=codec_pictures,
+        fid=fid,
+        lpips=lpips,
     )
     for path in rd.write_rate_distortion(rd.rate_distortion(module, pixels, config, tokenizer), output):
         _OUT.print(path, markup=False)

@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from tokenloom.data.dataset import ImageCaptionFolder
 from tokenloom.errors import TokenloomError
 from tokenloom.evaluation.benchmark import environment
 from tokenloom.evaluation.codecs import codec_names, evaluate_codec
-from tokenloom.evaluation.reconstruction import TokenizerResult, evaluate_tokenizer
+from tokenloom.evaluation.perceptual import FeatureNetwork, frechet_distance, lpips
+from tokenloom.evaluation.reconstruction import TokenizerResult, evaluate_tokenizer, reconstruct
 from tokenloom.evaluation.tables import markdown_table, plain
 from tokenloom.media import write_atomically
 
@@ -46,6 +47,8 @@ class RateDistortionConfig:
         codec_pictures: Pictures the codecs code (they are searched, which takes time); 0 leaves codecs out.
         rounds: Timed calls of one picture.
         batch_size: Pictures at a time where time is not measured.
+        fid: File of the network of FID, see `tokenloom.evaluation.perceptual`; `None` leaves FID out.
+        lpips: The same for LPIPS.
     """
 
     tokens: tuple[int, ...] | None = None
@@ -53,20 +56,27 @@ class RateDistortionConfig:
     codec_pictures: int = 50
     rounds: int = 9
     batch_size: int = 32
+    fid: str | None = None
+    lpips: str | None = None
 
 
 class _Prefix:
-    """A tokenizer that keeps the first `count` tokens of a picture."""
+    """A tokenizer that keeps the first `count` tokens of a picture of (height, width) `size`."""
 
-    def __init__(self, tokenizer: Any, count: int) -> None:
-        self.tokenizer, self.count = tokenizer, count
+    def __init__(self, tokenizer: Any, count: int, size: tuple[int, int]) -> None:
+        self.tokenizer, self.count, self.size = tokenizer, count, size
         self.vocab_size, self.device, self.dtype = tokenizer.vocab_size, tokenizer.device, tokenizer.dtype
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.tokenizer.encode(pixels)[:, : self.count]
 
     def decode(self, codes: Tensor) -> Tensor:
-        return self.tokenizer.decode(codes)
+        return _decode(self.tokenizer, codes, self.size)
+
+
+def _decode(tokenizer: Any, codes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures of `size`, which a tokenizer for any size has to be told."""
+    return tokenizer.decode(codes, size) if tokenizer.any_size else tokenizer.decode(codes)
 
 
 def rate_distortion(
@@ -81,19 +91,26 @@ def rate_distortion(
         name: Name for tables and figures.
 
     Returns:
-        A JSON-able dictionary: "name", "points" (one `TokenizerResult` a number of tokens, with "tokens"),
-        "codecs" (a list for each of the points), "speed", "environment".
+        A JSON-able dictionary: "name", "points" (one `TokenizerResult` a number of tokens, with "tokens", and "fid" and
+        "lpips" where there are networks), "codecs" (a list for each of the points), "speed", "environment".
 
     Raises:
         TokenloomError: For numbers of tokens the tokenizer does not decode.
     """
     config = config or RateDistortionConfig()
+    networks = {
+        metric: FeatureNetwork(metric, path)
+        for metric, path in (("FID", config.fid), ("LPIPS", config.lpips))
+        if path is not None
+    }
     points: list[tuple[int, TokenizerResult]] = []
+    perceptual: list[dict[str, float]] = []
+    size = (pixels.shape[2], pixels.shape[3])
     for count in token_counts(tokenizer, pixels[:1], config.tokens):
-        result = evaluate_tokenizer(
-            _Prefix(tokenizer, count), pixels, f"{name}, {count} tokens", config.batch_size
-        )
+        prefix = _Prefix(tokenizer, count, size)
+        result = evaluate_tokenizer(prefix, pixels, f"{name}, {count} tokens", config.batch_size)
         points.append((count, result))
+        perceptual.append(_perceptual(networks, prefix, pixels, config.batch_size))
     chosen = config.codecs or codec_names()
     part = pixels[: config.codec_pictures]
     codecs = [
@@ -103,12 +120,29 @@ def rate_distortion(
     return {
         "name": name,
         "pictures": len(pixels),
-        "size": list(pixels.shape[-2:]),
+        "size": list(size),
         "parameters": sum(weight.numel() for weight in tokenizer.parameters()),
-        "points": [{"tokens": count, **result.as_dict()} for count, result in points],
+        "points": [
+            {"tokens": count, **result.as_dict(), **extra}
+            for (count, result), extra in zip(points, perceptual, strict=True)
+        ],
         "codecs": [[result.as_dict() for result in row] for row in codecs],
         "speed": speed(tokenizer, pixels[:1], config.rounds),
         "environment": environment(),
+    }
+
+
+def _perceptual(
+    networks: Mapping[str, FeatureNetwork], tokenizer: Any, pixels: Tensor, batch_size: int
+) -> dict[str, float]:
+    """ "fid" of the output pictures to the originals, and "lpips", as far as there are networks."""
+    if not networks:
+        return {}
+    measures = {"FID": frechet_distance, "LPIPS": lpips}
+    decoded, _ = reconstruct(tokenizer, pixels, batch_size)
+    return {
+        metric.lower(): measures[metric](network(decoded), network(pixels))
+        for metric, network in networks.items()
     }
 
 
@@ -175,10 +209,10 @@ def token_counts(tokenizer: Any, pixels: Tensor, wanted: Sequence[int] | None) -
 def speed(tokenizer: Any, pixels: Tensor, rounds: int) -> dict[str, float | int]:
     """Median milliseconds to encode and to decode one picture, and peak memory of the process so far in 10^6 bytes."""
     media = (pixels.float() / 127.5 - 1).to(tokenizer.device, tokenizer.dtype)
-    codes = tokenizer.encode(media)
+    codes, size = tokenizer.encode(media), (media.shape[2], media.shape[3])
     return {
         "encode_ms": _median_ms(lambda: tokenizer.encode(media), rounds, media.device),
-        "decode_ms": _median_ms(lambda: tokenizer.decode(codes), rounds, media.device),
+        "decode_ms": _median_ms(lambda: _decode(tokenizer, codes, size), rounds, media.device),
         "peak_memory_mb": _peak_memory(media.device),
         "threads": torch.get_num_threads(),
     }
@@ -238,12 +272,14 @@ def write_rate_distortion(figures: dict[str, Any], out: str | Path) -> list[Path
 def rate_distortion_table(figures: dict[str, Any]) -> str:
     """A Markdown table: a row a number of tokens, the codecs at the same bits beside it (the mean of their PSNR)."""
     names = [row["codec"] for row in figures["codecs"][0]]
+    measures = [key for key in ("lpips", "fid") if key in figures["points"][0]]
     header = (
         "tokens",
         "bits",
         "entropy coded",
         "PSNR",
         "SSIM",
+        *(key.upper() for key in measures),
         "codes used",
         *(name.upper() for name in names),
     )
@@ -257,6 +293,7 @@ def rate_distortion_table(figures: dict[str, Any]) -> str:
                 f"{point['adaptive_bits']:.0f}",
                 f"{point['psnr']:.2f}",
                 f"{point['ssim']:.3f}",
+                *(f"{point[key]:.3g}" for key in measures),
                 f"{100 * point['codebook']['usage']:.1f} %",
                 *fitted,
             )

@@ -2,7 +2,7 @@
 
 A picture larger than the square of a tokenizer that takes one size is cut into tiles, each tokenized for itself; the last
 row and column are padded by repeating the border, and cut off again. A tokenizer for any size gets the whole picture, or
-large tiles that overlap. Knows nothing of generators or files.
+large tiles that overlap, unless it has the same number of codes for a picture of any size. Knows nothing of generators or files.
 
 Shapes: H W pixels, n tiles, S the side of the tokenizer's pictures.
 """
@@ -83,7 +83,7 @@ def reconstruct_image(
         box = (left, top, left + side, top + side)
         original = original.crop(box).resize((own[1], own[0]), Image.Resampling.LANCZOS)
     tile, overlap = own, 0
-    if tokenizer.any_size and num_tokens is None:
+    if num_tokens is None and _grows(tokenizer):
         tile = min(_LARGEST_TILE, original.height), min(_LARGEST_TILE, original.width)
         overlap = (
             0 if tile == (original.height, original.width) else min(_OVERLAP, *(side - 1 for side in tile))
@@ -94,3 +94,9 @@ def reconstruct_image(
     quality = psnr((media.to_pixels(result) + 1) / 2, (media.to_pixels(original) + 1) / 2)
     bits = tiled.codes.numel() * math.log2(tokenizer.vocab_size)
     return Reconstruction(original, result, float(quality), tiled.tiling.count, bits)
+
+
+def _grows(tokenizer: ImageTokenizer) -> bool:
+    """Whether a larger picture has more codes."""
+    height, width = as_size(tokenizer.image_size)
+    return tokenizer.any_size and tokenizer.lengths_of((2 * height, 2 * width))[-1] > tokenizer.layout.size
