@@ -13,7 +13,13 @@ from torch import Tensor
 
 from tokenloom import ImageFlexTokenizer, Layout, TokenloomError
 from tokenloom.testing import check_tokenizer
-from tokenloom.tokenizers.flex import from_patches, to_patches
+from tokenloom.tokenizers.flex import (
+    from_patches,
+    sincos_table,
+    spread_places,
+    spread_registers,
+    to_patches,
+)
 
 KINDS = ("flow", "direct")
 STACK: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2}
@@ -69,6 +75,15 @@ def test_patches_and_back():
     patches = to_patches(x, 2)
     assert torch.equal(patches[1, 4], x[1, :, 2:4, 2:4].permute(1, 2, 0).flatten())
     assert torch.equal(from_patches(patches, 2, 2), x)
+
+
+def test_registers_begin_where_their_first_ones_cover_the_picture():
+    places = spread_places(64, 8)
+    assert sorted(map(tuple, places.tolist())) == [(row, column) for row in range(8) for column in range(8)]
+    for first, side in ((4, 4), (16, 2)):  # one in each quarter, one in each sixteenth
+        assert len({tuple(cell) for cell in ((places[:first] + 0.5) // side).tolist()}) == first
+    assert spread_places(5, 8).abs().max() < 8
+    assert torch.equal(spread_registers(64, 8, 16)[1], sincos_table(8, 16)[:, 4, 4])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -176,15 +176,20 @@ def _largest_quality(
     codec: str, encode: Encode, image: Image.Image, budget: float, count: Count
 ) -> tuple[int, bytes] | None:
     """Bisects the quality; sizes grow with it but for rare wiggles, which cost a step at most."""
-    low, high, best = 0, 100, None
+    low, high, quality, best = (
+        0,
+        100,
+        0,
+        None,
+    )  # the lowest quality comes first: if that is too large, all are
     while low <= high:
-        quality = (low + high) // 2
         data = encode(image, quality)
         bits = payload_bits(codec, data) if count == "payload" else 8 * len(data)
         if bits <= budget:
             best, low = (quality, data), quality + 1
         else:
             high = quality - 1
+        quality = (low + high) // 2
     return best
 
 

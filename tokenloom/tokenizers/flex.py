@@ -9,6 +9,7 @@ Shapes: B batch, P patches, N registers, D width, C channels of the map, H and W
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,14 +127,42 @@ def from_patches(x: Tensor, patch: int, rows: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-def sincos_table(side: int, width: int) -> Tensor:
-    """Fixed positions (width, side, side): sines and cosines of the row, then of the column (as in MoCo v3)."""
+def _waves(line: Tensor, width: int) -> Tensor:
+    """Sines and cosines (..., width / 2) of places along an axis (as in MoCo v3)."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    line = torch.cat([angles.sin(), angles.cos()], dim=1).T.float()  # (width / 2, side)
+    angles = line.double()[..., None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+
+
+def sincos_table(side: int, width: int) -> Tensor:
+    """Fixed positions (width, side, side): sines and cosines of the row, then of the column."""
+    line = _waves(torch.arange(side), width).T  # (width / 2, side)
     return torch.cat(
         [line[:, :, None].expand(-1, side, side), line[:, None, :].expand(-1, side, side)]
     ).clone()
+
+
+def spread_places(count: int, side: int) -> Tensor:
+    """Places (count, 2), float64, in a square of side x side patches, whose first ones cover it already.
+
+    They are the cells of an ordered dither (Bayer 1973): 4 fall into its quarters, 16 into its sixteenths, and so on.
+    """
+    levels = max(1, math.ceil(math.log(max(count, 2), 4) - 1e-9))
+    number = torch.arange(count)
+    places = torch.full((count, 2), 0.5**levels / 2, dtype=torch.float64)
+    for level in range(levels):
+        digit = number >> (2 * level) & 3  # 0: upper left, 1: lower right, 2: upper right, 3: lower left
+        down, right = (digit == 1) | (digit == 3), (digit == 1) | (digit == 2)
+        places += torch.stack([down, right], dim=1) * 0.5 ** (level + 1)
+    return places * side - 0.5
+
+
+def spread_registers(count: int, side: int, width: int) -> Tensor:
+    """Vectors (count, width) with which registers begin: positions of places that cover the picture, coarse to fine.
+
+    Registers that begin alike have to find places of their own first, which takes a small model longer than all the rest.
+    """
+    return _waves(spread_places(count, side), width).flatten(1)
 
 
 def row_mask(kind: str, patches: int, registers: int) -> Tensor | None:
@@ -208,7 +237,7 @@ class FlexEncoder(_Rows):
         self, config: StackConfig, channels: int, patch: int, table: int, registers: int, dim: int
     ) -> None:
         super().__init__(config, channels * patch * patch, patch, table)
-        self.registers = nn.Parameter(0.02 * torch.randn(registers, config.width))
+        self.registers = nn.Parameter(spread_registers(registers, table, config.width))
         self.head = nn.Linear(config.width, dim)
         self.reset_parameters()
 
@@ -243,7 +272,7 @@ class FlexDecoder(_Rows):
         self.from_code = nn.Linear(dim, width)
         self.missing = nn.Parameter(0.02 * torch.randn(width))
         if config.positions:
-            self.positions = nn.Parameter(0.02 * torch.randn(width, registers))
+            self.positions = nn.Parameter(spread_registers(registers, table, width).T.contiguous())
         if not self.flow:
             self.canvas = nn.Parameter(0.02 * torch.randn(width))
             self.paint = nn.Conv2d(width, area, 3, padding=1)
