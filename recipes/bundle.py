@@ -82,7 +82,9 @@ def main() -> None:
         pipeline.card = card
         pipeline.save_pretrained(target)
     else:
-        load_tokenizer(options.model).to(torch.bfloat16).save_pretrained(target)
+        tokenizer = load_tokenizer(options.model).to(torch.bfloat16)
+        tokenizer.register_to_config(_name_or_path=options.name)  # not the folder of the training
+        tokenizer.save_pretrained(target)
         models.write_card(target, card)
     if options.credits:
         shutil.copyfile(options.credits, target / "CREDITS.md")

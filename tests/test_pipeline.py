@@ -177,6 +177,11 @@ def test_the_index_names_components_of_the_package_and_no_machine(saved: Path) -
         assert str(saved.parent) not in path.read_text()
 
 
+def test_a_tokenizer_alone_is_no_pipeline(saved: Path) -> None:
+    with pytest.raises(TokenloomError, match=r"one component, of class ImageVQTokenizer.*load_tokenizer"):
+        TextToImagePipeline.from_pretrained(saved / "tokenizer")
+
+
 def test_components_can_be_passed_to_from_pretrained(saved: Path) -> None:
     own = tiny_tokenizer(seed=5)
     loaded = TextToImagePipeline.from_pretrained(saved, tokenizer=own)

@@ -74,6 +74,13 @@ class Pipeline(DiffusionPipeline):
             revision=kwargs.pop("revision", None),
             cache_dir=kwargs.pop("cache_dir", None),
         )
+        if not models.is_pipeline(folder):
+            kind = models.read_config(folder).get("_class_name")
+            raise TokenloomError(
+                f"Expected a pipeline of a tokenizer and a generator, but {os.fspath(pretrained_model_name_or_path)!r} is one "
+                f"component, of class {kind}. A tokenizer is opened with tokenloom.tokenizers.load_tokenizer, or by "
+                "`tokenloom reconstruct --tokenizer`."
+            )
         names = [
             name for name in ("dtype", "torch_dtype") if name in kwargs
         ]  # the first is unknown to old diffusers
