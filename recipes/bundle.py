@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from tokenloom import TextToImagePipeline, models
 from tokenloom.tokenizers import load_tokenizer
@@ -82,7 +83,8 @@ def main() -> None:
         pipeline.card = card
         pipeline.save_pretrained(target)
     else:
-        tokenizer = load_tokenizer(options.model).to(torch.bfloat16)
+        tokenizer = load_tokenizer(options.model)
+        nn.Module.to(tokenizer, torch.bfloat16)  # ModelMixin.to warns of an empty list of float32 modules
         tokenizer.register_to_config(_name_or_path=options.name)  # not the folder of the training
         tokenizer.save_pretrained(target)
         models.write_card(target, card)
