@@ -61,6 +61,11 @@ def test_more_tokens_keep_more_of_a_picture() -> None:
     assert quality == sorted(quality) and quality[0] < 12 and quality[-1] == 100
     assert figures["points"][-1]["adaptive_bits"] == pytest.approx(128, rel=0.1)
     assert "| 16 | 128 |" in rd.rate_distortion_table(figures)
+    assert "| PSNR of the codecs' pictures | JPEG |" in rd.rate_distortion_table(figures)
+    first = rd.rate_distortion(_Means(), _rows()[:1], rd.RateDistortionConfig(codec_pictures=0, rounds=1))
+    own = [point["psnr_codec_pictures"] for point in figures["points"]]
+    assert own == [point["psnr"] for point in first["points"]]
+    assert "codecs' pictures" not in rd.rate_distortion_table(first)
     assert figures["speed"]["encode_ms"] > 0
 
 

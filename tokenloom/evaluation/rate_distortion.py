@@ -29,7 +29,7 @@ from tokenloom.errors import TokenloomError
 from tokenloom.evaluation.benchmark import environment
 from tokenloom.evaluation.codecs import codec_names, evaluate_codec
 from tokenloom.evaluation.perceptual import FeatureNetwork, frechet_distance, lpips
-from tokenloom.evaluation.reconstruction import TokenizerResult, evaluate_tokenizer, reconstruct
+from tokenloom.evaluation.reconstruction import evaluate_tokenizer, reconstruct
 from tokenloom.evaluation.tables import markdown_table, plain
 from tokenloom.media import write_atomically
 
@@ -91,8 +91,9 @@ def rate_distortion(
         name: Name for tables and figures.
 
     Returns:
-        A JSON-able dictionary: "name", "points" (one `TokenizerResult` a number of tokens, with "tokens", and "fid" and
-        "lpips" where there are networks), "codecs" (a list for each of the points), "speed", "environment".
+        A JSON-able dictionary: "name", "points" (one `TokenizerResult` a number of tokens, with "tokens", the PSNR on the
+        pictures of the codecs where these are fewer, and "fid" and "lpips" where there are networks), "codecs" (a list for
+        each of the points), "speed", "environment".
 
     Raises:
         TokenloomError: For numbers of tokens the tokenizer does not decode.
@@ -103,29 +104,27 @@ def rate_distortion(
         for metric, path in (("FID", config.fid), ("LPIPS", config.lpips))
         if path is not None
     }
-    points: list[tuple[int, TokenizerResult]] = []
-    perceptual: list[dict[str, float]] = []
+    points: list[dict[str, Any]] = []
+    part = pixels[: config.codec_pictures]
     size = (pixels.shape[2], pixels.shape[3])
     for count in token_counts(tokenizer, pixels[:1], config.tokens):
         prefix = _Prefix(tokenizer, count, size)
         result = evaluate_tokenizer(prefix, pixels, f"{name}, {count} tokens", config.batch_size)
-        points.append((count, result))
-        perceptual.append(_perceptual(networks, prefix, pixels, config.batch_size))
+        point = {"tokens": count, **result.as_dict()}
+        if 0 < len(part) < len(pixels):
+            point["psnr_codec_pictures"] = evaluate_tokenizer(prefix, part, name, config.batch_size).psnr
+        points.append(point | _perceptual(networks, prefix, pixels, config.batch_size))
     chosen = config.codecs or codec_names()
-    part = pixels[: config.codec_pictures]
     codecs = [
-        [evaluate_codec(codec, part, result.bits) for codec in chosen] if len(part) else []
-        for _, result in points
+        [evaluate_codec(codec, part, point["bits"]) for codec in chosen] if len(part) else []
+        for point in points
     ]
     return {
         "name": name,
         "pictures": len(pixels),
         "size": list(size),
         "parameters": sum(weight.numel() for weight in tokenizer.parameters()),
-        "points": [
-            {"tokens": count, **result.as_dict(), **extra}
-            for (count, result), extra in zip(points, perceptual, strict=True)
-        ],
+        "points": points,
         "codecs": [[result.as_dict() for result in row] for row in codecs],
         "speed": speed(tokenizer, pixels[:1], config.rounds),
         "environment": environment(),
@@ -278,6 +277,7 @@ def rate_distortion_table(figures: dict[str, Any]) -> str:
     """A Markdown table: a row a number of tokens, the codecs at the same bits beside it (the mean of their PSNR)."""
     names = [row["codec"] for row in figures["codecs"][0]]
     measures = [key for key in ("lpips", "fid") if key in figures["points"][0]]
+    same = ["psnr_codec_pictures"] if "psnr_codec_pictures" in figures["points"][0] else []
     header = (
         "tokens",
         "bits",
@@ -286,6 +286,7 @@ def rate_distortion_table(figures: dict[str, Any]) -> str:
         "SSIM",
         *(key.upper() for key in measures),
         "codes used",
+        *("PSNR of the codecs' pictures" for _ in same),
         *(name.upper() for name in names),
     )
     rows = []
@@ -300,6 +301,7 @@ def rate_distortion_table(figures: dict[str, Any]) -> str:
                 f"{point['ssim']:.3f}",
                 *(f"{point[key]:.3g}" for key in measures),
                 f"{100 * point['codebook']['usage']:.1f} %",
+                *(f"{point[key]:.2f}" for key in same),
                 *fitted,
             )
         )
@@ -338,7 +340,7 @@ def plot_rate_distortion(figures: dict[str, Any], path: str | Path) -> Path:
                 ".--",
                 label=column[0]["codec"].upper() + " (payload)",
             )
-        axes.set(xscale="log", xlabel="bits a picture", ylabel=label)
+        axes.set(xscale="log" if len(points) > 1 else "linear", xlabel="bits a picture", ylabel=label)
         axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
