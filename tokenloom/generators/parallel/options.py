@@ -25,7 +25,7 @@ class ParallelStats:
 
     steps: int = 0
     forwards: int = 0
-    gains: list[int] = field(default_factory=list)
+    gains: list[int] = field(default_factory=list, repr=False)
     tested: int = 0
     accepted: int = 0
 
