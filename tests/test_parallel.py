@@ -264,7 +264,7 @@ def test_generators_that_are_more_than_their_plan_refuse() -> None:
         with pytest.raises(
             TokenloomError, match=f"{type(model).__name__} feeds something else.*decode='auto'"
         ):
-            model.eval().generate(decode="parallel")
+            model.eval().generate(decode=Parallel())
     ranged = make(RangedTokenGenerator, LINE, rule_config={"ranges": [[12, 0, VOCAB]]})
     with pytest.raises(TokenloomError, match="RangedTokenGenerator draws codes in a way of its own"):
         ranged.generate(decode=Parallel(accept="speculative"))
