@@ -10,7 +10,8 @@ from tokenloom.training.loop import Task, Trainer
 from tokenloom.training.segmentation_config import MaskTokenizerConfig, SegmentationConfig
 
 
-def _train(task: Task, loop: LoopConfig, output: str, resume: str | None) -> Path:
+def run_task(task: Task, loop: LoopConfig, output: str, resume: str | None) -> Path:
+    """Runs a task to its end, from a checkpoint if `resume` names one; returns the folder of the model."""
     trainer = Trainer(task, loop, output)
     if resume:
         trainer.resume(resume)
@@ -34,7 +35,7 @@ def train_tokenizer(
     from tokenloom.training.tokenizer_task import TokenizerTask
 
     settings = load_config(TokenizerConfig, config, overrides)
-    return _train(TokenizerTask(settings), settings.loop, settings.output, resume)
+    return run_task(TokenizerTask(settings), settings.loop, settings.output, resume)
 
 
 def train_generator(
@@ -53,7 +54,7 @@ def train_generator(
     from tokenloom.training.generator_task import GeneratorTask
 
     settings = load_config(GeneratorConfig, config, overrides)
-    return _train(GeneratorTask(settings), settings.loop, settings.output, resume)
+    return run_task(GeneratorTask(settings), settings.loop, settings.output, resume)
 
 
 def train_mask_tokenizer(
@@ -72,7 +73,7 @@ def train_mask_tokenizer(
     from tokenloom.training.mask_tokenizer_task import MaskTokenizerTask
 
     settings = load_config(MaskTokenizerConfig, config, overrides)
-    return _train(MaskTokenizerTask(settings), settings.loop, settings.output, resume)
+    return run_task(MaskTokenizerTask(settings), settings.loop, settings.output, resume)
 
 
 def train_segmentation(
@@ -91,7 +92,7 @@ def train_segmentation(
     from tokenloom.training.segmentation_task import make_task
 
     settings = load_config(SegmentationConfig, config, overrides)
-    return _train(make_task(settings), settings.loop, settings.output, resume)
+    return run_task(make_task(settings), settings.loop, settings.output, resume)
 
 
 def train_codec(config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None) -> Path:
@@ -108,7 +109,7 @@ def train_codec(config: str | Path, *, resume: str | None = None, overrides: lis
     from tokenloom.training.codec_task import CodecTask
 
     settings = load_config(CodecConfig, config, overrides)
-    return _train(CodecTask(settings), settings.loop, settings.output, resume)
+    return run_task(CodecTask(settings), settings.loop, settings.output, resume)
 
 
 def train_continuation(
@@ -127,4 +128,4 @@ def train_continuation(
     from tokenloom.training.continuation_task import ContinuationTask
 
     settings = load_config(ContinuationConfig, config, overrides)
-    return _train(ContinuationTask(settings), settings.loop, settings.output, resume)
+    return run_task(ContinuationTask(settings), settings.loop, settings.output, resume)
