@@ -20,7 +20,7 @@ from PIL import Image
 
 from tokenloom.data.referring_names import COLOURS
 from tokenloom.data.referring_pool import Background, CutOut, Pool
-from tokenloom.data.splits import TRAIN, VAL, hash_fraction
+from tokenloom.data.splits import TRAIN, hash_fraction
 from tokenloom.errors import TokenloomError, unknown_name
 
 VAL_PAIR = "val_pair"
