@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-
 from referring_pools import write_pool
+
 from tokenloom import TokenloomError, VideoPipeline, VideoTokenizer
 from tokenloom.media_video import read_clip, save_clip
 from tokenloom.training.clip_source import FolderSource, MovingSource, open_clips
@@ -27,7 +27,15 @@ TINY = {
     "norm_groups": 4,
     "quantizer_options": {"levels": [4, 4, 4]},
 }
-LOOP = {"steps": 3, "batch_size": 2, "warmup": 1, "log_every": 1, "sample_every": 3, "checkpoint_every": 3, "ema": 0.5}
+LOOP = {
+    "steps": 3,
+    "batch_size": 2,
+    "warmup": 1,
+    "log_every": 1,
+    "sample_every": 3,
+    "checkpoint_every": 3,
+    "ema": 0.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +171,14 @@ def test_clips_without_captions_train_without_words(tokenizer: Path, tmp_path: P
         pipe("a frog")
 
 
-def test_frames_that_the_tokenizer_cannot_hold_are_refused(pool: Path, tokenizer: Path, tmp_path: Path) -> None:
-    values = {"output": str(tmp_path / "run"), "tokenizer": str(tokenizer), "data": {"root": str(pool)}, "frames": 4}
+def test_frames_that_the_tokenizer_cannot_hold_are_refused(
+    pool: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    values = {
+        "output": str(tmp_path / "run"),
+        "tokenizer": str(tokenizer),
+        "data": {"root": str(pool)},
+        "frames": 4,
+    }
     with pytest.raises(TokenloomError, match="use 5"):
         train_video(write(tmp_path / "config.yaml", values))

@@ -111,7 +111,9 @@ def between(
     end = slice((count - 1) * each, count * each)
     keep[:each] = keep[end] = True
     given = None if condition is None else condition.repeat(candidates, 1)
-    noise = torch.cat([seeds + number * _NEXT_CANDIDATE for number in range(candidates)])  # modulo 2**64
+    noise = torch.cat(
+        [seeds + torch.tensor(number) * _NEXT_CANDIDATE for number in range(candidates)]
+    )  # modulo 2**64
     codes = generator.generate(
         given,
         batch_size=None if given is not None else batch * candidates,
