@@ -56,15 +56,11 @@ def measure_tokens(
     Returns:
         A JSON-able dictionary: "bits", "rows".
     """
-    parts = []
-    for part in clips.split(_AT_ONCE):
-        pixels = rescale(part.float() / 255, (0.0, 1.0), tokenizer.pixel_range).to(tokenizer.device)
-        made = tokenizer.reconstruct(pixels).float().cpu()
-        parts.append(rescale(made, tokenizer.pixel_range, (0.0, 1.0)).clamp(0, 1))
+    output = _reconstructed(tokenizer, clips)
     codes = tokenizer.layout_for(clips.shape[1], tuple(clips.shape[3:])).size
     bits = codes * torch.tensor(float(tokenizer.vocab_size)).log2().item()
     reference = clips.float() / 255
-    rows = [{"name": "tokens", "bits": bits, "clips": len(clips)} | _quality(torch.cat(parts), reference)]
+    rows = [{"name": "tokens", "bits": bits, "clips": len(clips)} | _quality(output, reference)]
     for name in video_codec_names() if codecs is None else codecs:
         log(f"{name} within {bits:.0f} bits")
         coded = [code_clip_within(name, clip, bits) for clip in clips]
@@ -72,10 +68,17 @@ def measure_tokens(
         row: dict[str, Any] = {"name": name, "bits": None, "clips": len(kept)}
         if kept:
             found = [one for one in coded if one is not None]
-            output = torch.stack([one.clip for one in found]).float() / 255
-            row |= {"bits": statistics.fmean(one.bits for one in found)} | _quality(output, reference[kept])
+            decoded = torch.stack([one.clip for one in found]).float() / 255
+            row |= {"bits": statistics.fmean(one.bits for one in found)}
+            row |= _quality(decoded, reference[kept])
         rows.append(row)
     return {"bits": bits, "frames": clips.shape[1], "rows": rows}
+
+
+def _reconstructed(tokenizer: Any, clips: Tensor) -> Tensor:
+    """Clips uint8 (B, T, 3, S, S) through the tokenizer, float in [0, 1]."""
+    made = [tokenizer.reconstruct(part.to(tokenizer.device)).float().cpu() for part in clips.split(_AT_ONCE)]
+    return rescale(torch.cat(made), tokenizer.pixel_range, (0.0, 1.0)).clamp(0, 1)
 
 
 def _quality(output: Tensor, reference: Tensor) -> dict[str, Any]:
@@ -113,15 +116,7 @@ def measure_prompts(
     """
     things, motions = [str(item.label) for item in captions], [str(item.style) for item in captions]
     made = generate_clips(pipe, [item.text for item in captions], seed, clips.shape[1], **options)
-    device = pipe.tokenizer.device
-    pixels = rescale(clips.float() / 255, (0.0, 1.0), pipe.tokenizer.pixel_range)
-    coded = torch.cat([pipe.tokenizer.reconstruct(part.to(device)).cpu() for part in pixels.split(_AT_ONCE)])
-    coded = (
-        (rescale(coded.float(), pipe.tokenizer.pixel_range, (0.0, 255.0)))
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-    )
+    coded = (255 * _reconstructed(pipe.tokenizer, clips)).round().to(torch.uint8)
     real = judge.look(clips).features
     half = len(real) // 2
     return {

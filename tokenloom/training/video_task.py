@@ -30,11 +30,10 @@ from tokenloom.layouts import Layout
 from tokenloom.media import save_image, sheet
 from tokenloom.media_video import save_clip
 from tokenloom.pipelines.video import VideoPipeline
-from tokenloom.tokenizers.pixels import rescale
 from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.training.clip_source import ClipSource, open_clips
 from tokenloom.training.code_cache import weights_digest
-from tokenloom.training.data import square_side, to_float
+from tokenloom.training.data import square_side
 from tokenloom.training.families import build_generator, family
 from tokenloom.training.generator_task import GeneratorTask
 from tokenloom.training.video_config import VideoConfig
@@ -103,10 +102,7 @@ class VideoTask(GeneratorTask):
         codes, texts = [], []
         for chosen in torch.linspace(0, clips.size - 1, count).long().split(_ENCODED_AT_ONCE):
             frames, said = clips.fixed(chosen)
-            values = rescale(
-                to_float(frames).to(self.tokenizer.device), (-1.0, 1.0), self.tokenizer.pixel_range
-            )
-            codes.append(self.tokenizer.encode(values).int().cpu())
+            codes.append(self.tokenizer.encode(frames.to(self.tokenizer.device)).int().cpu())
             texts += said
         return torch.cat(codes), texts
 
