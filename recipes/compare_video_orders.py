@@ -27,7 +27,7 @@ from tokenloom.evaluation.tables import markdown_table, plain
 from tokenloom.evaluation.video_judge import VideoJudge
 from tokenloom.evaluation.video_report import measure_motion, measure_prompts, measure_speed
 from tokenloom.media import write_atomically
-from tokenloom.training.video_run import train_video
+from tokenloom.training.run import train_video
 from tokenloom.training.video_tokenizer_task import open_video_tokenizer
 
 # Name in the table: name of the generator, options of the model.

@@ -15,8 +15,8 @@ from referring_pools import write_pool
 from tokenloom import TokenloomError, VideoPipeline, VideoTokenizer
 from tokenloom.media_video import read_clip, save_clip
 from tokenloom.training.clip_source import FolderSource, MovingSource, open_clips
+from tokenloom.training.run import train_video, train_video_tokenizer
 from tokenloom.training.video_config import ClipsConfig
-from tokenloom.training.video_run import train_video, train_video_tokenizer
 
 TINY = {
     "image_size": 16,

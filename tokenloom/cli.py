@@ -18,7 +18,14 @@ from tokenloom import __version__, cli_audio, cli_video
 from tokenloom import cli_masks as masks
 from tokenloom.cli_options import ERR as _ERR
 from tokenloom.cli_options import OUT as _OUT
-from tokenloom.cli_options import DeviceOption, ResumeOption, SetOption
+from tokenloom.cli_options import (
+    ConfigArgument,
+    DeviceOption,
+    ResumeOption,
+    SetOption,
+    add_training,
+    print_trained,
+)
 from tokenloom.cli_options import device_of as _device
 from tokenloom.errors import TokenloomError
 from tokenloom.models import DEFAULT_MODEL, bundled, resolve
@@ -313,7 +320,7 @@ def doctor() -> None:
 
 @app.command("train-tokenizer")
 def train_tokenizer(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    config: ConfigArgument,
     resume: ResumeOption = None,
     changes: SetOption = [],  # noqa: B006
     init_from: Annotated[
@@ -322,23 +329,12 @@ def train_tokenizer(
     ] = None,
 ) -> None:
     """Train an image tokenizer."""
-    from tokenloom.training import run
-
     if init_from is not None:
         changes = [*changes, f"init_from={json.dumps(str(init_from))}"]
-    _OUT.print(f"trained: {run.train_tokenizer(config, resume=resume, overrides=changes)}", markup=False)
+    print_trained("train_tokenizer", config, resume, changes)
 
 
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    resume: ResumeOption = None,
-    changes: SetOption = [],  # noqa: B006
-) -> None:
-    """Train a generator."""
-    from tokenloom.training import run
-
-    _OUT.print(f"trained: {run.train_generator(config, resume=resume, overrides=changes)}", markup=False)
+add_training(app, "train", "train_generator", "Train a generator.")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tokenloom.cli_options import ERR, OUT, DeviceOption, ResumeOption, SetOption, device_of
+from tokenloom.cli_options import ERR, OUT, DeviceOption, add_training, device_of
 from tokenloom.errors import TokenloomError
 from tokenloom.models import INDEX_FILE, bundled, is_pipeline, resolve
 
@@ -21,8 +21,8 @@ _PIPELINE = "VideoPipeline"
 def add(app: typer.Typer, data_app: typer.Typer) -> None:
     """Adds the commands to the program and to its group `data`."""
     app.command("video")(video)
-    app.command("train-video-tokenizer")(train_video_tokenizer)
-    app.command("train-video")(train_video)
+    add_training(app, "train-video-tokenizer", "train_video_tokenizer", "Train a video tokenizer.")
+    add_training(app, "train-video", "train_video", "Train a generator of clips.")
     app.command("train-video-judge")(train_judge)
     app.command("evaluate-video")(evaluate_video)
     data_app.command("video")(data_video)
@@ -100,29 +100,6 @@ def video(
     path = media_video.save_clip(clip, output, rate)
     new = f", new from frame {result.prompt_frames}" if result.prompt_frames else ""
     OUT.print(f"{path}: {len(clip)} frames at {rate:g} a second{new} (seed {result.seeds[0]})", markup=False)
-
-
-def train_video_tokenizer(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    resume: ResumeOption = None,
-    changes: SetOption = [],  # noqa: B006
-) -> None:
-    """Train a video tokenizer."""
-    from tokenloom.training import video_run
-
-    made = video_run.train_video_tokenizer(config, resume=resume, overrides=changes)
-    OUT.print(f"trained: {made}", markup=False)
-
-
-def train_video(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    resume: ResumeOption = None,
-    changes: SetOption = [],  # noqa: B006
-) -> None:
-    """Train a generator of clips."""
-    from tokenloom.training import video_run
-
-    OUT.print(f"trained: {video_run.train_video(config, resume=resume, overrides=changes)}", markup=False)
 
 
 def train_judge(

@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "CaptionFeatures": "conditions",
         "ContinuousGenerator": "continuous",
         "Denoising": "continuous",
+        "Forwards": "drafts",
         "Generator": "base",
         "Guidance": "sampling",
         "MaskedGenerator": "masked",
