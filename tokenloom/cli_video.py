@@ -1,4 +1,4 @@
-"""The commands of clips: video, train-video-tokenizer, train-video, train-video-judge, evaluate-video, data video.
+"""The commands of clips: video, train-video-tokenizer, train-video, train-video-judge, evaluate-video, data video, data flare.
 
 Commands import what they need when they run. Knows nothing of how things work.
 """
@@ -26,6 +26,7 @@ def add(app: typer.Typer, data_app: typer.Typer) -> None:
     app.command("train-video-judge")(train_judge)
     app.command("evaluate-video")(evaluate_video)
     data_app.command("video")(data_video)
+    data_app.command("flare")(data_flare)
 
 
 def default_model() -> str:
@@ -197,4 +198,17 @@ def data_video(
         out, pool=pool, count=count, splits=splits, config=config, seed=seed, cache_dir=cache
     )
     parts = ", ".join(f"{name} {number:,}" for name, number in report.splits.items()) or "the pool alone"
+    OUT.print(f"{report.folder}: {report.pictures:,} clips ({parts}) in {report.seconds:.0f} s", markup=False)
+
+
+def data_flare(
+    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
+    size: Annotated[int, typer.Option(help="Side of the frames in pixels.")] = 64,
+    cache: Annotated[Path | None, typer.Option(help="Keep the downloaded package here.")] = None,
+) -> None:
+    """Build clips of the Flare game's creatures (share-alike: CC-BY-SA-3.0 or later)."""
+    from tokenloom.data.flare import build_flare
+
+    report = build_flare(out, size=size, cache_dir=cache)
+    parts = ", ".join(f"{name} {number:,}" for name, number in report.splits.items())
     OUT.print(f"{report.folder}: {report.pictures:,} clips ({parts}) in {report.seconds:.0f} s", markup=False)
