@@ -26,7 +26,8 @@ from tokenloom.pipelines import inputs
 from tokenloom.pipelines.base import Pipeline
 from tokenloom.pipelines.preset import check_preset, merge_settings, read_prompts
 from tokenloom.pipelines.video_inputs import Clips, Picture, check_form, load_clip, load_frame
-from tokenloom.pipelines.video_windows import between, video_frames
+from tokenloom.pipelines.video_outputs import as_output, to_bytes
+from tokenloom.pipelines.video_windows import VideoJob, between, video_frames
 from tokenloom.tokenizers.pixels import rescale
 from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.tokenizers.video import VideoTokenizer
@@ -200,7 +201,7 @@ class VideoPipeline(Pipeline):
         batch = num_videos_per_prompt if words is None else len(words)
         seeds = inputs.make_seeds(seed, generator, batch)
 
-        job = _Job(
+        job = VideoJob(
             tokenizer=self.tokenizer,
             condition=words,
             seeds=seeds.to(self._execution_device),
@@ -221,17 +222,17 @@ class VideoPipeline(Pipeline):
         else:
             made = self._pieces(job, frames)
             if stream:
-                return (_as(output_type, pixels) for _, pixels in made)
+                return (as_output(output_type, pixels) for _, pixels in made)
             parts = list(made)
         shown = (
             []
             if bounded or job.given is None
-            else [_bytes(job.given, self.tokenizer).expand(batch, -1, -1, -1, -1)]
+            else [to_bytes(job.given, self.tokenizer).expand(batch, -1, -1, -1, -1)]
         )
         pixels = torch.cat([*shown, *(pixels for _, pixels in parts)], dim=1)
         self.maybe_free_model_hooks()
         return VideoOutput(
-            frames=_as(output_type, pixels),
+            frames=as_output(output_type, pixels),
             codes=torch.cat([codes for codes, _ in parts], dim=1),
             prompt_frames=sum(part.shape[1] for part in shown),
             fps=float(self.config["fps"]),
@@ -273,7 +274,7 @@ class VideoPipeline(Pipeline):
             )
         return overlap
 
-    def _count(self, num_frames: int | None, job: _Job, bounded: bool) -> int:
+    def _count(self, num_frames: int | None, job: VideoJob, bounded: bool) -> int:
         """New frames to make."""
         given = 0 if job.given is None or bounded else job.given.shape[1]
         most = self.window_frames
@@ -300,7 +301,7 @@ class VideoPipeline(Pipeline):
 
         return on_step
 
-    def _pieces(self, job: _Job, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pieces(self, job: VideoJob, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """New codes (B, n) and frames uint8 (B, f, 3, H, W), window by window."""
         made = video_frames(
             self.tokenizer,
@@ -320,10 +321,10 @@ class VideoPipeline(Pipeline):
                 if piece is None:
                     return
                 bar.update(piece[1].shape[1])
-                yield piece[0], _bytes(piece[1], self.tokenizer)
+                yield piece[0], to_bytes(piece[1], self.tokenizer)
 
     def _between(
-        self, job: _Job, last_image: Picture | None, frames: int, candidates: int
+        self, job: VideoJob, last_image: Picture | None, frames: int, candidates: int
     ) -> tuple[Tensor, Tensor]:
         """Codes (B, n) and frames uint8 (B, frames, 3, H, W) of clips with two known ends."""
         batch = len(job.seeds)
@@ -347,56 +348,4 @@ class VideoPipeline(Pipeline):
             seeds=job.seeds,
             **job.options,
         )
-        return codes, _bytes(self.tokenizer.decode(codes)[:, :frames], self.tokenizer)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What one call has to do.
-
-    Attributes:
-        tokenizer: Encodes what is given.
-        condition: Word ids (B, T) or `None`.
-        seeds: LongTensor (B,).
-        given: Frames (1, G, 3, S, S) that the clip begins with, or `None`.
-        overlap: Frames of codes that are looked back to.
-        options: Further arguments of `generate`.
-    """
-
-    tokenizer: VideoTokenizer
-    condition: Tensor | None
-    seeds: Tensor
-    given: Tensor | None
-    overlap: int
-    options: dict[str, Any]
-
-    @property
-    def begun(self) -> int:
-        """Frames of codes of the given frames that the generator sees."""
-        if self.given is None:
-            return 0
-        whole = 1 + (self.given.shape[1] - 1) // self.tokenizer.stride[0]
-        return min(self.overlap, whole)
-
-    def start(self) -> Tensor | None:
-        """Codes (B, c P) of the end of the given frames."""
-        if self.given is None:
-            return None
-        seen = self.given[:, -self.tokenizer.frames_of(self.begun) :]
-        return self.tokenizer.encode(seen).expand(len(self.seeds), -1)
-
-
-def _bytes(pixels: Tensor, tokenizer: VideoTokenizer) -> Tensor:
-    """uint8 frames on the CPU of frames in the tokenizer's range."""
-    unit = rescale(pixels.float(), tokenizer.pixel_range, (0.0, 255.0))
-    return unit.round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def _as(output_type: str, pixels: Tensor) -> Any:
-    """uint8 frames (B, F, 3, H, W) as the caller wants them."""
-    if output_type == "pt":
-        return pixels.float() / 255
-    arrays = pixels.permute(0, 1, 3, 4, 2).numpy()
-    if output_type == "np":
-        return arrays.astype(np.float32) / 255
-    return [[Image.fromarray(frame) for frame in clip] for clip in arrays]
+        return codes, to_bytes(self.tokenizer.decode(codes)[:, :frames], self.tokenizer)

@@ -9,6 +9,7 @@ Shapes: B clips, T frames of codes of a window, P codes a frame, k frames that a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -127,3 +128,39 @@ def between(
         fit = likelihood.gather(2, codes[:, end, None]).sum((1, 2)).unflatten(0, (candidates, batch))
         codes = codes.unflatten(0, (candidates, batch))[fit.argmax(0), torch.arange(batch)]
     return codes[:, : count * each]
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """What one call has to do.
+
+    Attributes:
+        tokenizer: Encodes what is given.
+        condition: Word ids (B, T) or `None`.
+        seeds: LongTensor (B,).
+        given: Frames (1, G, 3, S, S) that the clip begins with, or `None`.
+        overlap: Frames of codes that are looked back to.
+        options: Further arguments of `generate`.
+    """
+
+    tokenizer: VideoTokenizer
+    condition: Tensor | None
+    seeds: Tensor
+    given: Tensor | None
+    overlap: int
+    options: dict[str, Any]
+
+    @property
+    def begun(self) -> int:
+        """Frames of codes of the given frames that the generator sees."""
+        if self.given is None:
+            return 0
+        whole = 1 + (self.given.shape[1] - 1) // self.tokenizer.stride[0]
+        return min(self.overlap, whole)
+
+    def start(self) -> Tensor | None:
+        """Codes (B, c P) of the end of the given frames."""
+        if self.given is None:
+            return None
+        seen = self.given[:, -self.tokenizer.frames_of(self.begun) :]
+        return self.tokenizer.encode(seen).expand(len(self.seeds), -1)
