@@ -165,7 +165,7 @@ class MotionMaker:
         layers = self._layers(self._open(thing.file, "RGBA"), places, rng)
         alpha = layers[..., 3:] / np.float32(255)
         frames = ground * (1 - alpha) + layers[..., :3]  # premultiplied
-        made = [thing, *([photograph] if photograph else [])]
+        made: list[CutOut | Background] = [thing, *([photograph] if photograph else [])]
         return MovingClip(
             frames=np.clip(frames, 0, 255).round().astype(np.uint8),
             text=caption_of(thing, motion, self.config, rng),
@@ -220,9 +220,11 @@ class MotionMaker:
             shrink = longest / (side * size)  # pixels of the patch a pixel of the frame, at least 1
             cos, sin = math.cos(angle) * shrink, math.sin(angle) * shrink
             left, top = -x * size, -y * size
-            matrix = (cos, sin, middle[0] + cos * left + sin * top)
-            matrix += (-sin, cos, middle[1] - sin * left + cos * top)
-            drawn = rim.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+            across = (cos, sin, middle[0] + cos * left + sin * top)
+            down = (-sin, cos, middle[1] - sin * left + cos * top)
+            drawn = rim.transform(
+                (size, size), Image.Transform.AFFINE, across + down, Image.Resampling.BILINEAR
+            )
             layers.append(np.asarray(drawn, dtype=np.float32))
         return np.stack(layers)
 

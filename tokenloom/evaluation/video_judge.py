@@ -118,12 +118,12 @@ class VideoJudge:
     @property
     def things(self) -> list[str]:
         """Names of the things it knows."""
-        return list(self.network.settings["things"])  # type: ignore[arg-type,call-overload]
+        return list(self.network.settings["things"])  # type: ignore[call-overload]
 
     @property
     def motions(self) -> list[str]:
         """Names of the motions it knows."""
-        return list(self.network.settings["motions"])  # type: ignore[arg-type,call-overload]
+        return list(self.network.settings["motions"])  # type: ignore[call-overload]
 
     @classmethod
     def load(cls, path: str | Path) -> VideoJudge:

@@ -56,7 +56,7 @@ def load_clip(video: Clips, size: int) -> Tensor:
     if isinstance(video, (str, os.PathLike)):
         frames = media_video.read_clip(video).frames
     elif isinstance(video, Sequence) and all(isinstance(frame, Image.Image) for frame in video):
-        frames = [media.to_rgb(frame) for frame in video]
+        frames = [media.to_rgb(frame) for frame in video if isinstance(frame, Image.Image)]
     else:
         raise TokenloomError(
             f"Expected video to be a file, a folder, a list of PIL pictures or a tensor (F, 3, H, W), got "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,9 @@ class MovingSource(ClipSource):
         check_options(MotionConfig, config.options, "option of data.options")
         if len(allowed) < len(config.options):
             raise TokenloomError("data.options cannot set size or frames; the tokenizer and `frames` do.")
-        options = {key: tuple(value) if isinstance(value, list) else value for key, value in allowed.items()}
+        options: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in allowed.items()
+        }
         self.settings = MotionConfig(size=size, frames=frames, **options)
         self.maker = MotionMaker(Pool.open(config.root), config.split or TRAIN, self.settings)
         self.size = config.length

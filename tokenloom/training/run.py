@@ -182,4 +182,4 @@ def train_video(config: str | Path, *, resume: str | None = None, overrides: lis
     """
     from tokenloom.training.video_task import VideoTask
 
-    return _train(VideoConfig, VideoTask, config, resume, overrides)  # type: ignore[arg-type]
+    return _train(VideoConfig, VideoTask, config, resume, overrides)

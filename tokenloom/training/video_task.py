@@ -31,6 +31,7 @@ from tokenloom.media import save_image, sheet
 from tokenloom.media_video import save_clip
 from tokenloom.pipelines.video import VideoPipeline
 from tokenloom.tokenizers.text import WordTokenizer
+from tokenloom.tokenizers.video import VideoTokenizer
 from tokenloom.training.clip_source import ClipSource, open_clips
 from tokenloom.training.code_cache import weights_digest
 from tokenloom.training.data import square_side
@@ -48,6 +49,8 @@ class VideoTask(GeneratorTask):
     """Trains a generator of the codes of clips."""
 
     config: VideoConfig  # type: ignore[assignment]
+    tokenizer: VideoTokenizer  # type: ignore[assignment]
+    words: WordTokenizer | None  # type: ignore[assignment]
 
     def __init__(self, config: VideoConfig) -> None:
         family(config.generator)
