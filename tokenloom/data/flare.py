@@ -159,15 +159,15 @@ def _clips(table: Path, target: Path, size: int, ground: str) -> Iterator[Captio
     creature = re.sub(r"[_\d]+", " ", table.stem).strip()
     with Image.open(sheet) as opened:
         picture = opened.convert("RGBA")
-    for animation in animations:
-        if animation.name not in ACTIONS or animation.length() < 2:
-            continue
+    wanted = [item for item in animations if item.name in ACTIONS and item.length() > 1]
+    scene = _scene(wanted)
+    for animation in wanted:
         for direction, side in enumerate(DIRECTIONS):
             boxes = [animation.frames.get((frame, direction)) for frame in range(animation.length())]
             if any(box is None for box in boxes):
                 continue
             file = f"{table.parents[2].name}/{table.stem}-{animation.name}-{direction}.webp"
-            frames = [_draw(picture, box, size, ground) for box in boxes if box is not None]
+            frames = [_draw(picture, box, scene, size, ground) for box in boxes if box is not None]
             save_clip(frames, target / file, _FPS)
             held = hash_fraction(f"{creature}/{animation.name}") < _HELD_OUT
             yield Caption(
@@ -182,17 +182,32 @@ def _clips(table: Path, target: Path, size: int, ground: str) -> Iterator[Captio
             )
 
 
+def _scene(animations: list[Animation]) -> tuple[float, float, int]:
+    """Where the middle of a square that holds all frames lies from the point they stand on (right, down), and its side."""
+    boxes = [box for item in animations for box in item.frames.values()]
+    if not boxes:
+        return 0.0, 0.0, 1
+    left, top = min(-box[4] for box in boxes), min(-box[5] for box in boxes)
+    right = max(box[2] - box[4] for box in boxes)
+    bottom = max(box[3] - box[5] for box in boxes)
+    return (left + right) / 2, (top + bottom) / 2, 2 + max(right - left, bottom - top)
+
+
 def _draw(
-    sheet: Image.Image, box: tuple[int, int, int, int, int, int], size: int, ground: str
+    sheet: Image.Image,
+    box: tuple[int, int, int, int, int, int],
+    scene: tuple[float, float, int],
+    size: int,
+    ground: str,
 ) -> Image.Image:
-    """A frame of a sheet: the point that the offset names stands at the same place in all frames."""
+    """A frame of a sheet; the point that it stands on is at the same place in all frames of a creature."""
     x, y, width, height, across, down = box
-    side = 128  # of the scene; larger creatures are cut
-    scene = Image.new("RGBA", (side, side), ground)
-    layer = Image.new("RGBA", (side, side))
-    layer.paste(sheet.crop((x, y, x + width, y + height)), (side // 2 - across, side * 3 // 4 - down))
-    scene.alpha_composite(layer)
-    return scene.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    right, below, side = scene
+    canvas, layer = Image.new("RGBA", (side, side), ground), Image.new("RGBA", (side, side))
+    place = (round(side / 2 - right) - across, round(side / 2 - below) - down)
+    layer.paste(sheet.crop((x, y, x + width, y + height)), place)
+    canvas.alpha_composite(layer)
+    return canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _sources(holder: str) -> str:
