@@ -140,11 +140,11 @@ def test_payloads_leave_headers_out() -> None:
 
 def test_a_judge_learns_motions_and_is_read_back(pool: Path, tmp_path: Path) -> None:
     config = MotionConfig(64, 9, plain=1.0, motions=("right", "left"))
-    judge = train_video_judge(pool, steps=30, batch_size=16, config=config)
+    judge = train_video_judge(pool, steps=60, batch_size=16, learning_rate=4e-3, config=config)
     assert judge.things == ["apple", "frog", "whale"] and judge.motions == ["right", "left"]
     right, left = moving(pool, 8, "right")[0], moving(pool, 8, "left")[0]
     seen = judge.look(torch.cat([right, left])).motions.argmax(1)
-    assert (seen == torch.tensor([0] * 8 + [1] * 8)).float().mean() > 0.8
+    assert (seen == torch.tensor([0] * 8 + [1] * 8)).float().mean() > 0.8  # chance is a half
     opened = VideoJudge.load(judge.save(tmp_path).parent)
     assert torch.equal(opened.look(right).features, judge.look(right).features)
     marks = opened.marks(right, ["apple"] * 4 + ["no such thing"] * 4, ["right"] * 8)

@@ -157,11 +157,11 @@ def rope_table(
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor], halves: bool = False) -> Tensor:
-    """Rotates pairs of the last axis of (B, h, N, d) by the (N, d / 2) cosines and sines.
+    """Rotates pairs of the last axis of (B, h, N, d) by the (N, d / 2) or (B, N, d / 2) cosines and sines.
 
     Pairs are neighbours, or with `halves` one entry of the first half and one of the second.
     """
-    cos, sin = (table.to(x.dtype) for table in rope)
+    cos, sin = (table.to(x.dtype).unsqueeze(-3) for table in rope)
     if halves:
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -26,6 +26,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "NextScaleGenerator": "next_scale",
         "NextTokenGenerator": "next_token",
         "Order": "orders",
+        "Parallel": "parallel",
+        "ParallelStats": "parallel",
         "PatchNetworks": "patches",
         "PictureWords": "conditions",
         "RangedTokenGenerator": "ranged",

@@ -22,6 +22,7 @@ from tokenloom.generators import decoding
 from tokenloom.generators.arguments import Run, Step, check_batch, check_codes, check_known, diagnose
 from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.orders import Order
+from tokenloom.generators.parallel import Parallel, ParallelStepper
 from tokenloom.generators.plans import RowPlan
 from tokenloom.generators.sampling import Guidance, Sampling, guide, sample_tokens
 from tokenloom.generators.token_table import TokenTable
@@ -190,7 +191,7 @@ class Generator(ModelMixin, ConfigMixin):
         return feed
 
     def run_rows(self, x: Tensor, rows: Tensor, *, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-        """Runs the transformer on embeddings (B, n, D) of row ids (n,); options as in `Transformer.forward`."""
+        """Runs the transformer on embeddings (B, n, D) of row ids (n,) or (B, n); options as in `Transformer.forward`."""
         rows = rows.to(x.device)
         rope = (self.rope_cos[rows], self.rope_sin[rows]) if self.transformer.config.rope else None
         return self.transformer(
@@ -204,7 +205,7 @@ class Generator(ModelMixin, ConfigMixin):
     def _head(self, hidden: Tensor, weights: Tensor, table: Tensor | None) -> Tensor:
         """Logits (B, m, V) of hidden states (J, B, m, D), weighted already; heads are added.
 
-        `weights` (J, m) mix the biases of the heads; `table` is the token table if it is the output matrix.
+        `weights` (J, m) or (J, B, m) mix the biases of the heads; `table` is the token table if it is the output matrix.
         """
         if table is not None:
             return F.linear(hidden.sum(0), table)
@@ -215,7 +216,7 @@ class Generator(ModelMixin, ConfigMixin):
         if not self.head_bias:
             return logits
         biases = torch.stack([head.get_parameter("bias") for head in self.heads])
-        return logits + weights.to(biases).T @ biases
+        return logits + weights.to(biases).movedim(0, -1) @ biases
 
     def _collect(self, taps: tuple[Tensor, ...], sources: Tensor, weights: Tensor) -> Tensor:
         """Weighted hidden states (J, B, m, D) at the source rows (J, m) of each head."""
@@ -314,7 +315,7 @@ class Generator(ModelMixin, ConfigMixin):
         known: Tensor | None = None,
         keep: Tensor | None = None,
         on_step: Callable[[Step], None] | None = None,
-        decode: str = "auto",
+        decode: str | Parallel = "auto",
     ) -> Tensor:
         """Generates codes.
 
@@ -328,7 +329,7 @@ class Generator(ModelMixin, ConfigMixin):
             known: LongTensor (B, N), codes to keep.
             keep: BoolTensor (B, N) or (N,), where to keep them; the rest is generated.
             on_step: Called after each step with a `Step`.
-            decode: "auto", "reference" or "cached"; all give the same codes.
+            decode: "auto", "reference", "cached", "parallel" or a `Parallel` with its options; all give the same codes.
 
         Returns:
             LongTensor (B, N) in layout order.
@@ -348,10 +349,12 @@ class Generator(ModelMixin, ConfigMixin):
                 null = self.condition.null_like(condition, self.device)
             prefix = torch.cat((prefix, self._prefix(null, batch, self.device)))
             visible = None if visible is None else visible.repeat(2, 1)
+        drawing = sampling or Sampling()
+        if isinstance(decode, Parallel) or decode == "parallel":
+            windows = ParallelStepper(self, prefix, visible, decode)
+            return windows.run(noise_seeds, strength, drawing, kept, on_step)
         stepper = decoding.make(decode, self, prefix, visible)
-        return self._run(
-            Run(batch, noise_seeds, strength, sampling or Sampling(), prefix, stepper, kept, on_step)
-        )
+        return self._run(Run(batch, noise_seeds, strength, drawing, prefix, stepper, kept, on_step))
 
     def _run(self, run: Run) -> Tensor:
         """Codes (B, N): one step of the plan after the other. Paradigms that revisit positions have their own loop."""

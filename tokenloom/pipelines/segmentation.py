@@ -26,6 +26,7 @@ from torch import Tensor
 from tokenloom import media
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators.conditions import PictureWords
+from tokenloom.generators.parallel import Parallel
 from tokenloom.generators.ranged import RangedTokenGenerator
 from tokenloom.generators.sampling import Guidance, Sampling
 from tokenloom.pipelines import inputs
@@ -173,7 +174,7 @@ class SegmentationPipeline(Pipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | Sequence[int] | None = None,
-        decode: str = "auto",
+        decode: str | Parallel = "auto",
         output_type: str = "pt",
         return_dict: bool = True,
     ) -> SegmentationOutput:
@@ -189,7 +190,7 @@ class SegmentationPipeline(Pipeline):
             top_k: Only the k likeliest codes; 0 for all. Default: the preset.
             top_p: Only the likeliest codes of this total probability. Default: the preset.
             seed: As for `TextToImagePipeline`; it matters if the temperature is above 0. Default: 0.
-            decode: "auto", "cached" or "reference".
+            decode: "auto", "cached", "parallel" (or a `Parallel`) or "reference".
             output_type: "pt", "np" (bool arrays), "pil" (pictures of mode "1"), or "codes".
             return_dict: False gives the tuple (masks, scores, boxes, codes).
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from tokenloom import media
 from tokenloom.errors import TokenloomError
 from tokenloom.generators.base import Generator
+from tokenloom.generators.parallel import Parallel
 from tokenloom.generators.sampling import Guidance, Schedule
 from tokenloom.pipelines import inputs
 from tokenloom.pipelines.base import Pipeline
@@ -110,7 +111,7 @@ class TextToImagePipeline(Pipeline):
         mask_image: Image.Image | str | Path | None = None,
         known: Tensor | None = None,
         keep: Tensor | None = None,
-        decode: str = "auto",
+        decode: str | Parallel = "auto",
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -134,7 +135,7 @@ class TextToImagePipeline(Pipeline):
                 tokens pass through the image tokenizer, so kept pixels are its reconstruction.
             known: Codes (N,), (1, N) or (B, N), an alternative to `image`.
             keep: Which of `known` to keep, bool of the same shape.
-            decode: "auto", "cached" or "reference"; all give the same codes.
+            decode: "auto", "cached", "parallel" (or a `Parallel`) or "reference"; all give the same codes.
             output_type: "pil", "np", "pt" or "codes".
             return_dict: False gives the tuple (images, codes, seeds).
             callback_on_step_end: `callback(pipe, step_index, timestep, callback_kwargs)`, after every step; `timestep`
