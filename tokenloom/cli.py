@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tokenloom import __version__, cli_audio
+from tokenloom import __version__, cli_audio, cli_video
 from tokenloom import cli_masks as masks
 from tokenloom.cli_options import ERR as _ERR
 from tokenloom.cli_options import OUT as _OUT
@@ -80,6 +80,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Build training data from published packages.")
 app.add_typer(data_app, name="data")
 cli_audio.add(app, data_app)
+cli_video.add(app, data_app)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Bundled name, folder, or hub id.")]
 

@@ -10,6 +10,7 @@ from tokenloom.training.audio_config import CodecConfig, ContinuationConfig
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, load_config
 from tokenloom.training.loop import Task, Trainer
 from tokenloom.training.segmentation_config import MaskTokenizerConfig, SegmentationConfig
+from tokenloom.training.video_config import VideoConfig, VideoTokenizerConfig
 
 
 class _Settings(Protocol):
@@ -148,3 +149,37 @@ def train_continuation(
     from tokenloom.training.continuation_task import ContinuationTask
 
     return _train(ContinuationConfig, ContinuationTask, config, resume, overrides)
+
+
+def train_video_tokenizer(
+    config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None
+) -> Path:
+    """Trains the video tokenizer of a YAML config.
+
+    Args:
+        config: Path of the YAML file (see `VideoTokenizerConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained tokenizer.
+    """
+    from tokenloom.training.video_tokenizer_task import VideoTokenizerTask
+
+    return _train(VideoTokenizerConfig, VideoTokenizerTask, config, resume, overrides)  # type: ignore[arg-type]
+
+
+def train_video(config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None) -> Path:
+    """Trains the generator of a YAML config on the codes of clips.
+
+    Args:
+        config: Path of the YAML file (see `VideoConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained pipeline.
+    """
+    from tokenloom.training.video_task import VideoTask
+
+    return _train(VideoConfig, VideoTask, config, resume, overrides)
