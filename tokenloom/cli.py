@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from tokenloom import __version__, cli_audio
 from tokenloom import cli_masks as masks
+from tokenloom.cli_benchmark import benchmark
 from tokenloom.cli_options import ERR as _ERR
 from tokenloom.cli_options import OUT as _OUT
 from tokenloom.cli_options import DeviceOption, ResumeOption, SetOption
@@ -37,6 +38,7 @@ _STOPPED = {
     "train-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-mask-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-segmentation": "Stopped. The last checkpoint is kept: go on with --resume latest.",
+    "benchmark": "Stopped. Nothing was written.",
     "evaluate": "Stopped. The parts that were done are in the report.",
 }
 
@@ -474,6 +476,7 @@ def demo(
 
 
 masks.add_commands(app, data_app)
+app.command()(benchmark)
 
 if __name__ == "__main__":
     app()
