@@ -230,11 +230,12 @@ class Attention(nn.Module):
             key = key if self.cross else apply_rope(key, rope, self.halves)
         if store is not None:
             key, value = store.append(key, value)
+        kind = x.dtype if store is None else query.dtype  # a store may hold another number format
         query, key, value = query.to(value.dtype), key.to(value.dtype), value
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=self.kv_heads != self.heads
         )
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(mixed.transpose(1, 2).flatten(2).to(kind))
 
 
 class MLP(nn.Module):

@@ -8,7 +8,7 @@ calls it several times and commits once. Knows nothing of sampling or guidance.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from tokenloom.errors import unknown_name
 from tokenloom.generators.decoding.cached import CachedStepper
 from tokenloom.generators.decoding.reference import ReferenceStepper
 from tokenloom.generators.decoding.rows import RowModel
+
+if TYPE_CHECKING:
+    from tokenloom.generators.arguments import Run
 
 
 class Stepper(Protocol):
@@ -38,9 +41,23 @@ class Stepper(Protocol):
         ...
 
 
+def _compiled(generator: RowModel, prefix: Tensor, visible: Tensor | None) -> Stepper:
+    from tokenloom.generators.compiled import CompiledStepper
+
+    return CompiledStepper.of(generator, prefix, visible)
+
+
+def _compiled_int8(generator: RowModel, prefix: Tensor, visible: Tensor | None) -> Stepper:
+    from tokenloom.generators.compiled import CompiledStepper
+
+    return CompiledStepper.of(generator, prefix, visible, int8=True)
+
+
 RUNGS: dict[str, Callable[[RowModel, Tensor, Tensor | None], Stepper]] = {
     "reference": ReferenceStepper,
     "cached": CachedStepper,
+    "compiled": _compiled,
+    "compiled-int8": _compiled_int8,
 }
 
 
@@ -50,3 +67,9 @@ def make(name: str, generator: RowModel, prefix: Tensor, visible: Tensor | None 
     if chosen not in RUNGS:
         raise unknown_name("decode rung", name, ["auto", *RUNGS])
     return RUNGS[chosen](generator, prefix, visible)
+
+
+def run(generator: Any, run: Run) -> Tensor:
+    """Codes (B, N) of a generation: by the generator's own loop, or by what the rung makes of it."""
+    whole = getattr(run.stepper, "run", None)
+    return generator._run(run) if whole is None else whole(generator, run)
