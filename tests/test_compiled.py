@@ -16,7 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from tokenloom.errors import TokenloomError
-from tokenloom.generators import Guidance, NextScaleGenerator, NextTokenGenerator, Sampling, capture, compiled, orders, skinny
+from tokenloom.generators import (
+    Guidance,
+    NextScaleGenerator,
+    NextTokenGenerator,
+    Sampling,
+    capture,
+    compiled,
+    orders,
+    skinny,
+)
 from tokenloom.generators.arguments import Run
 from tokenloom.generators.base import Generator
 from tokenloom.generators.block_diffusion import BlockDiffusionGenerator
@@ -55,8 +64,12 @@ def scales() -> Generator:
     return model.eval()
 
 
-def both(model: Generator, condition: Tensor | None, decode: str = "compiled", **options: Any) -> tuple[Tensor, Tensor]:
-    return model.generate(condition, decode="cached", **options), model.generate(condition, decode=decode, **options)
+def both(
+    model: Generator, condition: Tensor | None, decode: str = "compiled", **options: Any
+) -> tuple[Tensor, Tensor]:
+    return model.generate(condition, decode="cached", **options), model.generate(
+        condition, decode=decode, **options
+    )
 
 
 @pytest.mark.parametrize("case", range(len(ALL)), ids=[f"{name}-{order}" for name, _, order in ALL])
@@ -65,19 +78,26 @@ def test_codes_are_those_of_cached(case: int, captured: bool) -> None:
     """For every order, twice in a row, so that reused buffers hold what an earlier generation left."""
     _, cls, order = ALL[case]
     kind, setting = list(CONDITIONS)[case % 3], SETTINGS[case % 4]
-    model = make(cls, order, kind, transformer={"modulation": "own"} if case % 2 else None, share_head=case % 3 > 0)
+    model = make(
+        cls, order, kind, transformer={"modulation": "own"} if case % 2 else None, share_head=case % 3 > 0
+    )
     with compiled.captured_on(*(["cpu"] if captured else [])):
         for batch, seeds in ((1, 3), (2, 11), (1, 8)):
             condition = conditions(kind, batch)
             options = setting | {"batch_size": batch if condition is None else None, "seeds": seeds}
             if case % 2:
-                options |= {"known": random_codes(order, batch), "keep": torch.arange(order.layout.size) % 3 == 1}
+                options |= {
+                    "known": random_codes(order, batch),
+                    "keep": torch.arange(order.layout.size) % 3 == 1,
+                }
             want, got = both(model, condition, **options)
             assert torch.equal(want, got), (batch, setting)
 
 
 @pytest.mark.parametrize("setting", range(3))
-def test_steps_in_buckets_give_the_same_codes(setting: int, monkeypatch: pytest.MonkeyPatch, on_cpu: None) -> None:
+def test_steps_in_buckets_give_the_same_codes(
+    setting: int, monkeypatch: pytest.MonkeyPatch, on_cpu: None
+) -> None:
     """36 steps of one shape, buckets of 8 rows, with and without adaLN, kept positions and batches."""
     monkeypatch.setattr(capture, "WHOLE_STEPS", 4)
     monkeypatch.setattr(capture, "BUCKET", 8)
@@ -107,7 +127,9 @@ def test_next_scale_with_programs_and_without() -> None:
     for kinds in ((), ("cpu",)):
         with compiled.captured_on(*kinds):
             for seeds in (1, 2):
-                want, got = both(model, label, guidance=Guidance(4.0, "linear"), sampling=Sampling(top_k=6), seeds=seeds)
+                want, got = both(
+                    model, label, guidance=Guidance(4.0, "linear"), sampling=Sampling(top_k=6), seeds=seeds
+                )
                 assert torch.equal(want, got)
 
 
@@ -140,7 +162,7 @@ def test_bad_logits_name_the_step(kinds: tuple[str, ...]) -> None:
     model = make(NextTokenGenerator, LONG, "class")
     with torch.no_grad():
         model.heads[0].get_parameter("weight")[0] = torch.nan
-    with compiled.captured_on(*kinds), pytest.raises(TokenloomError, match="Step 0 of 36.*finite"):
+    with compiled.captured_on(*kinds), pytest.raises(TokenloomError, match=r"Step 0 of 36.*finite"):
         model.generate(conditions("class", 1), seeds=1, decode="compiled")
 
 
@@ -196,18 +218,25 @@ def test_a_generation_inside_a_generation_has_its_own_buffers() -> None:
 def test_steps_are_reported() -> None:
     model, seen = make(NextTokenGenerator, LONG, "class"), []
     with compiled.captured_on("cpu"):
-        model.generate(conditions("class", 1), decode="compiled", on_step=lambda step: seen.append(step.index))
+        model.generate(
+            conditions("class", 1), decode="compiled", on_step=lambda step: seen.append(step.index)
+        )
     assert seen == list(range(36))
 
 
 def test_a_loop_of_its_own_runs_with_the_kernels() -> None:
     torch.manual_seed(0)
     model = BlockDiffusionGenerator(
-        orders.blocks(Layout.line(8), 4).to_config(), 12, {"width": 24, "heads": 2, "depth": 2}, rule_config={"passes": 2}
+        orders.blocks(Layout.line(8), 4).to_config(),
+        12,
+        {"width": 24, "heads": 2, "depth": 2},
+        rule_config={"passes": 2},
     ).eval()
     with compiled.captured_on("cpu"):
         assert torch.equal(*both(model, None, seeds=3, batch_size=2))
-        assert torch.equal(model.generate(seeds=3, passes=4), model.generate(seeds=3, passes=4, decode="compiled"))
+        assert torch.equal(
+            model.generate(seeds=3, passes=4), model.generate(seeds=3, passes=4, decode="compiled")
+        )
 
 
 class _NoCopies(TorchDispatchMode):
@@ -244,7 +273,9 @@ def _waits_for_nothing(model: Generator, condition: Any, kept: bool, **options: 
         program.play()
 
 
-@pytest.mark.parametrize("case", range(0, len(ALL), 2), ids=[f"{name}-{order}" for name, _, order in ALL[::2]])
+@pytest.mark.parametrize(
+    "case", range(0, len(ALL), 2), ids=[f"{name}-{order}" for name, _, order in ALL[::2]]
+)
 @torch.no_grad()
 def test_recorded_steps_never_wait_nor_copy(case: int) -> None:
     """No value is read on the host and no tensor of the host is used: what a recording cannot hold."""
@@ -307,7 +338,9 @@ def test_a_broken_file_in_the_cache_is_built_again(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("broken", ["off", "no compiler", "failing compiler", "wrong results", "no folder"])
-def test_without_kernels_the_rung_is_cached(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kernels_the_rung_is_cached(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_kernels = _fresh(monkeypatch, tmp_path)
     if broken == "off":
         monkeypatch.setenv("TOKENLOOM_KERNELS", "0")

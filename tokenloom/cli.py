@@ -114,7 +114,7 @@ def generate(
     columns: Annotated[int | None, typer.Option(help="Pictures in a row of the sheet.")] = None,
     scale: Annotated[int, typer.Option(help="Repeat every pixel this often in both directions.")] = 1,
     decode: Annotated[
-        str, typer.Option(help="auto, cached or reference; all give the same pictures.")
+        str, typer.Option(help="auto, cached, compiled or reference: the same pictures.")
     ] = "auto",
     image: Annotated[Path | None, typer.Option(help="Picture to repaint in part.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is repainted.")] = None,

@@ -13,7 +13,8 @@ from tokenloom.cli_options import ERR, OUT, DeviceOption, SetOption, device_of
 
 def benchmark(
     families: Annotated[
-        str, typer.Option(help="Comma-separated: llamagen, var, nar, or published files of these.")
+        str,
+        typer.Option(help="Comma-separated: llamagen, var, nar or published files of these; picture, sound."),
     ] = "llamagen,var,nar",
     official: Annotated[
         Path | None, typer.Option(help="Folder of official checkouts (LlamaGen, VAR, NAR) to compare with.")
@@ -25,6 +26,7 @@ def benchmark(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for benchmark.json, benchmark.md and a figure.")
     ] = Path("benchmark"),
+    detokenize: Annotated[bool, typer.Option(help="Also decode to pixels.")] = True,
     changes: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
 ) -> None:
@@ -47,6 +49,7 @@ def benchmark(
         device=device_of(device),
         dtype=dtype,
         official=official,
+        detokenize=detokenize,
         overrides=tuple(dict(values or {}).items()),
     )
     report = speed.speed_benchmark(config, log=lambda line: ERR.print(line, markup=False))

@@ -225,12 +225,12 @@ class Attention(nn.Module):
         context has no positions, so there it turns queries alone.
         """
         query, key, value = self._project(x, context)
+        kind = value.dtype  # a store may hold another number format
         if rope is not None:
             query = apply_rope(query, rope, self.halves)
             key = key if self.cross else apply_rope(key, rope, self.halves)
         if store is not None:
             key, value = store.append(key, value)
-        kind = x.dtype if store is None else query.dtype  # a store may hold another number format
         query, key, value = query.to(value.dtype), key.to(value.dtype), value
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=self.kv_heads != self.heads

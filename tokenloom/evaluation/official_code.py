@@ -83,7 +83,16 @@ def _gpt(folder: Path, config: Mapping[str, Any], sampling: Mapping[str, Any], q
         loop: Any = importlib.import_module("autoregressive.models.generate")
     if quiet:
         loop.tqdm = iter  # its progress bar
-    names = ("n_layer", "n_head", "dim", "block_size", "vocab_size", "num_classes", "cls_token_num", "model_type")
+    names = (
+        "n_layer",
+        "n_head",
+        "dim",
+        "block_size",
+        "vocab_size",
+        "num_classes",
+        "cls_token_num",
+        "model_type",
+    )
     model = shapes.Transformer(shapes.ModelArgs(**{name: config[name] for name in names})).eval()
     _fill(model)
     settings = {name: sampling[name] for name in ("cfg_scale", "temperature", "top_k", "top_p")}
@@ -92,9 +101,7 @@ def _gpt(folder: Path, config: Mapping[str, Any], sampling: Mapping[str, Any], q
     def run(labels: Tensor, draw: bool) -> Tensor:
         return loop.generate(model, labels, count, **settings, sample_logits=draw).long()
 
-    return Official(
-        model.state_dict(), lambda labels: run(labels, False), lambda labels: run(labels, True)
-    )
+    return Official(model.state_dict(), lambda labels: run(labels, False), lambda labels: run(labels, True))
 
 
 def _llamagen(path: Path, config: Mapping[str, Any], sampling: Mapping[str, Any]) -> Official:
@@ -113,8 +120,19 @@ def _var(path: Path, config: Mapping[str, Any], sampling: Mapping[str, Any]) -> 
     with _imports_from(folder, ("models", "utils", "dist")):
         loop: Any = importlib.import_module("models.var")
     scales = tuple(config["patch_nums"])
-    vae = loop.VQVAE(vocab_size=config["vocab_size"], z_channels=config["Cvae"], test_mode=True, v_patch_nums=scales)
-    names = ("num_classes", "depth", "embed_dim", "num_heads", "mlp_ratio", "norm_eps", "shared_aln", "attn_l2_norm")
+    vae = loop.VQVAE(
+        vocab_size=config["vocab_size"], z_channels=config["Cvae"], test_mode=True, v_patch_nums=scales
+    )
+    names = (
+        "num_classes",
+        "depth",
+        "embed_dim",
+        "num_heads",
+        "mlp_ratio",
+        "norm_eps",
+        "shared_aln",
+        "attn_l2_norm",
+    )
     model = loop.VAR(vae_local=vae, patch_nums=scales, **{name: config[name] for name in names}).eval()
     model.init_weights(init_adaln=0.5, init_adaln_gamma=0.1, init_head=0.02, init_std=-1)
     picked: list[Tensor] = []

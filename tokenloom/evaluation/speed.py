@@ -44,12 +44,12 @@ class SpeedConfig:
         device: "cpu" or "cuda".
         dtype: Number format of ours.
         official: Folder of official checkouts.
-        detokenize: Whether whole generations are decoded to pixels, on both sides, where official code does so.
+        detokenize: Whether to decode to pixels: as a segment, and in whole generations where official code does so.
         overrides: Official constructor arguments to change, of all families.
     """
 
     families: tuple[str, ...] = ("llamagen", "var", "nar")
-    rungs: tuple[str, ...] = ("cached",)
+    rungs: tuple[str, ...] = ("cached", "compiled")
     batch: int = 1
     rounds: int = 5
     warmups: int = 0
@@ -110,7 +110,8 @@ def segments(cell: Cell, labels: Tensor, rung: str, device: str) -> dict[str, fl
         codes = _ours(cell, labels, "cached" if rung == "auto" else rung, cell.sampling)
     whole = watch.now() - start
     rest = whole - sum(watch.seconds.values())
-    watch.wrap(cell.decode, "detokenize")(codes)
+    if cell.decode is not None:
+        watch.wrap(cell.decode, "detokenize")(codes)
     return {**watch.seconds, "rest": rest}
 
 
@@ -157,7 +158,9 @@ def _peak(device: str, into: dict[str, Any]) -> Iterator[None]:
         return
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        into["peak_memory_mb"] = next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
+        into["peak_memory_mb"] = next(
+            int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM")
+        )
     except (OSError, StopIteration):
         into["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
@@ -178,7 +181,7 @@ def measure_cell(cell: Cell, config: SpeedConfig) -> list[dict[str, Any]]:
     costs = decode_costs(cell.generator, config.batch, cell.guidance.enabled)
     bound = lower_bound(costs, machine)
     tokens = cell.generator.order.layout.size
-    decodes = config.detokenize and (cell.official is None or cell.official.decodes)
+    decodes = cell.decode is not None and (cell.whole if cell.official is None else cell.official.decodes)
     for rung in config.rungs if cell.official is not None else config.rungs[1:]:
         ours = _work(cell, labels, rung, decodes, device)
         if cell.official is not None:
@@ -202,6 +205,7 @@ def measure_cell(cell: Cell, config: SpeedConfig) -> list[dict[str, Any]]:
                 "tokens": tokens,
                 "decoded": decodes,
                 **_figures(result, parts if decodes else {}, tokens, bound["seconds"]),
+                "real_time_factor": _real_time(cell, result),
                 "segments": parts,
                 "bound": bound,
                 **memory,
@@ -223,10 +227,17 @@ def _synchronised(work: Callable[[], Any], device: str) -> Callable[[], None]:
 def _work(cell: Cell, labels: Tensor, rung: str, decodes: bool, device: str) -> Callable[[], None]:
     def work() -> None:
         codes = _ours(cell, labels, rung, cell.sampling)
-        if decodes:
+        if decodes and cell.decode is not None:
             cell.decode(codes)
 
     return _synchronised(work, device)
+
+
+def _real_time(cell: Cell, result: Comparison) -> float | None:
+    """Seconds of sound a second of work, over the whole batch."""
+    if cell.audio_seconds is None:
+        return None
+    return cell.audio_seconds * result.ours.batch_size / result.ours.spread.median
 
 
 def _figures(result: Comparison, parts: dict[str, float], tokens: int, bound: float) -> dict[str, float]:
@@ -262,7 +273,7 @@ def speed_benchmark(config: SpeedConfig, log: Callable[[str], None] | None = Non
     """
     records = []
     for family in config.families:
-        cell = make_cell(family, config.official, dict(config.overrides))
+        cell = make_cell(family, config.official, dict(config.overrides), config.detokenize)
         _place(cell, config)
         for record in measure_cell(cell, config):
             records.append(record)
@@ -284,17 +295,19 @@ def _place(cell: Cell, config: SpeedConfig) -> None:
         tokenizer.to(device=config.device, dtype=dtype, memory_format=torch.channels_last)
 
 
-def real_time_factor(seconds: float, audio_seconds: float) -> float:
-    """Seconds of sound a second of work."""
-    if seconds <= 0 or audio_seconds <= 0:
-        raise TokenloomError(f"Expected positive durations, got {seconds} and {audio_seconds}.")
-    return audio_seconds / seconds
-
-
 def benchmark_table(report: dict[str, Any]) -> str:
     """One row a record."""
-    header = ("model", "rung", "beside", "ms a sample", "tokens/s", "steps", "of the roofline", "first call s")
-    header += ("peak MB", "times as fast", "by CPU time")
+    header = (
+        "model",
+        "rung",
+        "beside",
+        "ms a sample",
+        "tokens/s",
+        "steps",
+        "of the roofline",
+        "first call s",
+    )
+    header += ("peak MB", "x real time", "times as fast", "by CPU time")
     rows = [
         (
             record["model"],
@@ -306,6 +319,7 @@ def benchmark_table(report: dict[str, Any]) -> str:
             f"{100 * record['roofline']:.0f} %",
             f"{record['first_call_seconds']:.1f}",
             f"{record['peak_memory_mb']:.0f}",
+            "-" if record["real_time_factor"] is None else f"{record['real_time_factor']:.1f}",
             f"{record['ratio']:.2f}",
             f"{record['ratio_cpu']:.2f}",
         )
@@ -339,7 +353,11 @@ def draw_figure(report: dict[str, Any], path: Path) -> Path | None:
     ours = [record["ms_per_sample"] for record in report["records"]]
     other = [record["comparison"]["other"]["seconds_per_image"] * 1e3 for record in report["records"]]
     bound = [1e3 * record["bound"]["seconds"] for record in report["records"]]
-    for shift, label, heights in ((-0.27, "beside", other), (0.0, "ours", ours), (0.27, "lower bound", bound)):
+    for shift, label, heights in (
+        (-0.27, "beside", other),
+        (0.0, "ours", ours),
+        (0.27, "lower bound", bound),
+    ):
         axes.bar([place + shift for place in range(len(names))], heights, 0.27, label=label)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("ms a sample")
@@ -347,4 +365,3 @@ def draw_figure(report: dict[str, Any], path: Path) -> Path | None:
     figure.savefig(path)
     pyplot.close(figure)
     return path
-

@@ -19,7 +19,15 @@ from tokenloom.checkpoints.guidance import official_guidance
 from tokenloom.checkpoints.presets import NUCLEUS, preset
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.evaluation.official_code import Official, official
-from tokenloom.generators import Guidance, NextNeighborGenerator, NextScaleGenerator, NextTokenGenerator, Sampling, orders
+from tokenloom.generators import (
+    Guidance,
+    NextBlockGenerator,
+    NextNeighborGenerator,
+    NextScaleGenerator,
+    NextTokenGenerator,
+    Sampling,
+    orders,
+)
 from tokenloom.generators.base import Generator
 from tokenloom.layouts import Layout
 from tokenloom.tokenizers.image_cnn import ImageCNNTokenizer
@@ -40,8 +48,11 @@ class Cell:
         generator: Ours.
         guidance: As published.
         sampling: As published.
-        decode: Codes (B, N) to pixels.
+        decode: Codes (B, N) to pixels, or `None` where tokens alone are measured.
         official: The same weights in official code, if a checkout was given.
+        prompt: Word ids (1, T), where the condition is words.
+        whole: Whether whole generations are decoded to pixels even without official code.
+        audio_seconds: How long a sample sounds.
     """
 
     name: str
@@ -49,13 +60,52 @@ class Cell:
     generator: Generator
     guidance: Guidance
     sampling: Sampling
-    decode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor] | None
     official: Official | None = None
+    prompt: Tensor | None = None
+    whole: bool = False
+    audio_seconds: float | None = None
 
     def labels(self, batch: int) -> Tensor:
-        """Classes (B,), different where possible."""
-        condition: Any = self.generator.condition
-        return torch.arange(batch) * 7 % condition.num_classes
+        """Classes (B,), different where possible, or one prompt for all; zeros where there is no condition."""
+        if self.prompt is not None:
+            return self.prompt.expand(batch, -1)
+        classes = getattr(self.generator.condition, "num_classes", 1)
+        return torch.arange(batch) * 7 % classes
+
+
+def _picture(overrides: Mapping[str, Any], detokenize: bool) -> Cell:
+    """The bundled model, as its pipeline runs it; a call makes a picture."""
+    from tokenloom.pipelines.text_to_image import TextToImagePipeline
+
+    pipe = TextToImagePipeline.from_pretrained()
+    guidance, sampling = pipe._settings(None, None, None, None, None)
+    decode = pipe.tokenizer.requires_grad_(False).decode if detokenize else None
+    generator = pipe.generator.requires_grad_(False)
+    words = pipe.encode_prompts(["red apple"])
+    return Cell("bundled picture", "picture", generator, guidance, sampling, decode, prompt=words, whole=True)
+
+
+def _sound(overrides: Mapping[str, Any], detokenize: bool) -> Cell:
+    """Two seconds of four codebooks at 50 frames a second, from a model of 25 M parameters with random weights."""
+    sizes = {"frames": 100, "codebooks": 4, "width": 512, "depth": 8, "vocab_size": 1024, "frame_rate": 50}
+    sizes |= {name: value for name, value in overrides.items() if name in sizes}
+    torch.manual_seed(0)
+    generator = NextBlockGenerator(
+        orders.delay(Layout.frames(sizes["frames"], sizes["codebooks"])).to_config(),
+        sizes["vocab_size"],
+        {"width": sizes["width"], "heads": 8, "depth": sizes["depth"]},
+        {"kind": "class", "num_classes": 10},
+    )
+    seconds = sizes["frames"] / sizes["frame_rate"]
+    made = generator.eval().requires_grad_(False)
+    return Cell(
+        "sound 4 x 50 Hz", "sound", made, Guidance(), Sampling(top_k=250), None, audio_seconds=seconds
+    )
+
+
+_OWN: dict[str, Callable[[Mapping[str, Any], bool], Cell]] = {"picture": _picture, "sound": _sound}
+"""Families without official code."""
 
 
 def resolve_family(name: str) -> str:
@@ -69,7 +119,7 @@ def resolve_family(name: str) -> str:
     try:
         found = preset(name)
     except TokenloomError:
-        raise unknown_name("family of the benchmark", name, FAMILIES) from None
+        raise unknown_name("family of the benchmark", name, [*FAMILIES, *_OWN]) from None
     if found.family not in FAMILIES or found.config.get("model_type", "c2i") != "c2i":
         raise TokenloomError(
             f"The benchmark runs class-conditional models of {', '.join(FAMILIES)}, but {name!r} is {found.family}."
@@ -77,17 +127,25 @@ def resolve_family(name: str) -> str:
     return name
 
 
-def make_cell(name: str, checkouts: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Cell:
+def make_cell(
+    name: str,
+    checkouts: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    detokenize: bool = True,
+) -> Cell:
     """A model of a published shape.
 
     Args:
-        name: Short name (`FAMILIES`) or preset.
+        name: Short name (`FAMILIES`), preset, "picture" (the bundled model) or "sound".
         checkouts: Folder of official repositories; `None` draws the weights here.
         overrides: Official constructor arguments to change, for instance {"n_layer": 2}.
+        detokenize: Whether to make a detokenizer as well.
 
     Raises:
         TokenloomError: For an unknown name, or where a checkout is missing.
     """
+    if name in _OWN:
+        return _OWN[name](dict(overrides or {}), detokenize)
     name = resolve_family(name)
     found = preset(name)
     family, config = found.family, {**found.config, **(overrides or {})}
@@ -98,7 +156,7 @@ def make_cell(name: str, checkouts: Path | None = None, overrides: Mapping[str, 
         generator = _RANDOM[family](config)
     else:
         generator = cast("Generator", from_official(family, theirs.state, config))
-    tokenizer = _tokenizer(family, config, theirs)
+    tokenizer = _tokenizer(family, config, theirs) if detokenize else None
     sampling = Sampling(
         settings.get("temperature", 1.0),
         settings.get("top_k", 0),
@@ -111,7 +169,7 @@ def make_cell(name: str, checkouts: Path | None = None, overrides: Mapping[str, 
         generator.eval().requires_grad_(False),
         official_guidance(family, **settings),
         sampling,
-        tokenizer.decode,
+        None if tokenizer is None else tokenizer.decode,
         theirs,
     )
 
@@ -181,7 +239,9 @@ def _tokenizer(family: str, config: Mapping[str, Any], theirs: Official | None) 
     if family != "var":
         side = round(config["block_size"] ** 0.5)
         codes: dict[str, object] = {"codebook_size": config["vocab_size"], "dim": 8}
-        made: Any = ImageCNNTokenizer(side * 16, 128, (1, 1, 2, 2, 4), 2, 256, quantizer_options=codes, clamp=False)
+        made: Any = ImageCNNTokenizer(
+            side * 16, 128, (1, 1, 2, 2, 4), 2, 256, quantizer_options=codes, clamp=False
+        )
     elif theirs is not None and theirs.tokenizer_state is not None:
         made = from_official("var_vq", theirs.tokenizer_state, {"v_patch_nums": config["patch_nums"]})
     else:

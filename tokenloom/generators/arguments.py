@@ -76,10 +76,10 @@ class Run:
         """How many samples each step runs: without the null half where neither it nor a later step needs it."""
         if not self.guidance.enabled:
             return [self.batch] * len(scales)
-        ever = [any(scale != 1 for scale in scales[step:]) for step in range(len(scales))]
+        last = max((step for step, scale in enumerate(scales) if scale != 1), default=-1)
         return [
-            self.batch * (2 if scale != 1 or (later and kept) else 1)
-            for scale, later, kept in zip(scales, ever, committed, strict=True)
+            self.batch * (2 if scale != 1 or (step < last and kept) else 1)
+            for step, (scale, kept) in enumerate(zip(scales, committed, strict=True))
         ]
 
     def both(self, codes: Tensor) -> Tensor:

@@ -351,7 +351,7 @@ class Generator(ModelMixin, ConfigMixin):
                 null = self.condition.null_like(condition, self.device)
             prefix = torch.cat((prefix, self._prefix(null, batch, self.device)))
             visible = None if visible is None else visible.repeat(2, 1)
-        stepper = decoding.make(decode, self, prefix, visible)
+        stepper = decoding.make(decode, self, prefix, visible, strength.enabled)
         run = Run(batch, noise_seeds, strength, sampling or Sampling(), prefix, stepper, kept, on_step)
         return decoding.run(self, run)
 

@@ -182,7 +182,10 @@ class StepProgram(Program):
         stepper = CachedStepper(self.generator, self.prefix, None, self.cache)
         self.modulated = stepper.modulations is not None
         self.first = graph_of(self._first, device)
-        ends = [min(-(-(start + (s + 1) * count) // BUCKET) * BUCKET, plan.capacity) for s in range(len(steps) - 1)]
+        ends = [
+            min(-(-(start + (s + 1) * count) // BUCKET) * BUCKET, plan.capacity)
+            for s in range(len(steps) - 1)
+        ]
         self.first()  # a recorded step needs tokens to start from
         made = {end: graph_of(self._next(end), device) for end in sorted(set(ends))}
         self.others = [made[end] for end in ends]
@@ -217,7 +220,8 @@ class StepProgram(Program):
 
         def step() -> None:
             rows, tokens, positions, start = (
-                table.index_select(0, self.turn)[0] for table in (self.rows, self.tokens, self.places, self.starts)
+                table.index_select(0, self.turn)[0]
+                for table in (self.rows, self.tokens, self.places, self.starts)
             )
             slots = start + torch.arange(len(rows), device=rows.device)
             x = generator._embed(run.both(self.codes), tokens, tokens[:0], None)
@@ -238,7 +242,9 @@ class StepProgram(Program):
 
         return step
 
-    def _commit(self, hidden: Tensor, weights: Tensor, positions: Tensor, scale: Tensor, usable: Tensor) -> None:
+    def _commit(
+        self, hidden: Tensor, weights: Tensor, positions: Tensor, scale: Tensor, usable: Tensor
+    ) -> None:
         """Guides, draws and writes the codes at `positions`; `usable` (1,) says whether the logits were."""
         generator, run = self.generator, self.like
         if run.guidance.enabled:

@@ -12,7 +12,7 @@ import copy
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ _LOCK = threading.Lock()
 
 def _fingerprint(module: nn.Module) -> tuple[object, ...]:
     tensors = [*module.parameters(), *module.buffers()]
-    return tuple((id(each), each.data_ptr(), each.dtype, each.device) for each in tensors)
+    return (module.training, *((id(each), each.data_ptr(), each.dtype, each.device) for each in tensors))
 
 
 def _state(generator: Any, int8: bool) -> _State:
@@ -74,7 +74,11 @@ def _fast(generator: Any, int8: bool) -> Any:
     """The same generator over the same tensors, with linear layers for few rows; itself where that is no gain."""
     weights = list(generator.parameters())
     ready = bool(weights) and all(each.device.type == "cpu" for each in weights)
-    if not ready or weights[0].dtype != torch.float32 or any(hasattr(m, "_hf_hook") for m in generator.modules()):
+    if (
+        not ready
+        or weights[0].dtype != torch.float32
+        or any(hasattr(m, "_hf_hook") for m in generator.modules())
+    ):
         return generator
     loaded = kernels()
     if loaded is None:
@@ -112,7 +116,7 @@ class CompiledStepper(CachedStepper):
         cache = _lease(state, generator, prefix)
         made = cls(state.fast, prefix, visible, cache)
         made.state = state
-        if cache is not None:
+        if isinstance(cache, Cache):
             key = _cache_key(generator, prefix)
             state.caches[key] = (cache, weakref.ref(made))
         return made
@@ -141,14 +145,35 @@ class CompiledStepper(CachedStepper):
         return programs[key]
 
 
+class _Later:
+    """A cache that is made when it is first used."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make, self.made = make, None
+
+    def __getattr__(self, name: str) -> Any:
+        if self.made is None:
+            self.made = self.make()
+        return getattr(self.made, name)
+
+
 def _cache_key(generator: Any, prefix: Tensor) -> tuple[object, ...]:
     kind = prefix.device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return (prefix.shape[0], generator.plan.capacity, cast, getattr(generator.transformer, "cache_dtype", None))
+    return (
+        prefix.shape[0],
+        generator.plan.capacity,
+        cast,
+        getattr(generator.transformer, "cache_dtype", None),
+    )
 
 
 def _lease(state: _State, generator: Any, prefix: Tensor) -> Any:
     """The buffers of the last generation of this size, if it is over; else new ones, which the pool keeps."""
+    if (
+        prefix.device.type in CAPTURED
+    ):  # a recording has buffers of its own; these are for what is not recorded
+        return _Later(lambda: generator.transformer.new_cache(prefix.shape[0], generator.plan.capacity))
     held = state.caches.get(_cache_key(generator, prefix))
     if held is not None and held[1]() is None:
         held[0].reset()
@@ -156,7 +181,7 @@ def _lease(state: _State, generator: Any, prefix: Tensor) -> Any:
     if held is not None:  # in use: this generation gets buffers of its own
         return None
     made = generator.transformer.new_cache(prefix.shape[0], generator.plan.capacity)
-    return made if hasattr(made, "reset") else None
+    return made if isinstance(made, Cache) else None
 
 
 @contextmanager

@@ -165,7 +165,9 @@ def _library_path(compiler: str) -> Path:
     folder = Path(root) if root else Path.home() / ".cache"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+        processor = "".join(
+            sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+        )
     except OSError:
         processor = platform.processor()
     named = "\n".join((_SOURCE, *_FLAGS, compiler, platform.machine(), processor))
@@ -185,7 +187,7 @@ def _build(compiler: str, path: Path) -> bool:
             except subprocess.TimeoutExpired:
                 return False
             if done.returncode == 0:
-                os.replace(made, path)
+                made.replace(path)
                 return True
     return False
 

@@ -16,6 +16,7 @@ from tokenloom.errors import unknown_name
 from tokenloom.generators.decoding.cached import CachedStepper
 from tokenloom.generators.decoding.reference import ReferenceStepper
 from tokenloom.generators.decoding.rows import RowModel
+from tokenloom.generators.memory import check_memory
 
 if TYPE_CHECKING:
     from tokenloom.generators.arguments import Run
@@ -61,11 +62,26 @@ RUNGS: dict[str, Callable[[RowModel, Tensor, Tensor | None], Stepper]] = {
 }
 
 
-def make(name: str, generator: RowModel, prefix: Tensor, visible: Tensor | None = None) -> Stepper:
-    """Builds the rung of a name for one generation; "auto" is the fastest one."""
+def make(
+    name: str, generator: RowModel, prefix: Tensor, visible: Tensor | None = None, guided: bool | None = None
+) -> Stepper:
+    """Builds the rung of a name for one generation; "auto" is `cached`.
+
+    Args:
+        name: A name of `RUNGS`, or "auto".
+        generator: The generator.
+        prefix: Prefix rows (B, P, D) of all halves.
+        visible: Which of them may be looked at, (B, P), or `None`.
+        guided: Whether half of them is the null half, for generators whose memory is estimated; `None`: no estimate.
+
+    Raises:
+        TokenloomError: For an unknown name, or if the generation does not fit into memory.
+    """
     chosen = "cached" if name == "auto" else name
     if chosen not in RUNGS:
         raise unknown_name("decode rung", name, ["auto", *RUNGS])
+    if guided is not None:
+        check_memory(generator, max(1, len(prefix) // (2 if guided else 1)), guided)
     return RUNGS[chosen](generator, prefix, visible)
 
 
