@@ -29,11 +29,20 @@ _TIMEOUT = 60
 
 _SOURCE = r"""
 #include <stdint.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int8_t b8u __attribute__((vector_size(8), aligned(1), may_alias));
 static inline v8 load_f32(const float *p) { return (v8)*(const v8u *)p; }
+#ifdef __AVX2__ /* three times as fast as what gcc makes of the general form */
+static inline v8 load_i8(const int8_t *p) {
+  return (v8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+#else
 static inline v8 load_i8(const int8_t *p) { return __builtin_convertvector(*(const b8u *)p, v8); }
+#endif
 static inline float total(v8 a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7])); }
 
 #define TILE(NAME, TYPE, LOAD, M, R)                                                                        \
@@ -93,7 +102,7 @@ static inline float total(v8 a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2
 KERNEL(f32, float)
 KERNEL(i8, int8_t)
 """
-_FLAGS = ("-O3", "-march=native", "-ffast-math", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 
 
 class Kernels:

@@ -32,7 +32,7 @@ class ReferenceStepper:
             condition = condition.expand(-1, len(feed), -1)
             every = torch.cat([*(part[:batch] for part in self.conditions), condition], dim=1)
         taps = self.generator.run_rows(inputs, rows, mask=mask, condition=every)
-        if commit:
+        if commit and kept:  # steps that leave nothing may run other numbers of samples
             self.rows.append(feed[:kept])
             self.inputs.append(x[:, :kept])
             if condition is not None:
