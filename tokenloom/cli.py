@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from tokenloom import __version__, cli_audio, cli_video
 from tokenloom import cli_masks as masks
+from tokenloom.cli_benchmark import benchmark
 from tokenloom.cli_options import ERR as _ERR
 from tokenloom.cli_options import OUT as _OUT
 from tokenloom.cli_options import (
@@ -44,6 +45,7 @@ _STOPPED = {
     "train-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-mask-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-segmentation": "Stopped. The last checkpoint is kept: go on with --resume latest.",
+    "benchmark": "Stopped. Nothing was written.",
     "evaluate": "Stopped. The parts that were done are in the report.",
 }
 
@@ -120,7 +122,7 @@ def generate(
     columns: Annotated[int | None, typer.Option(help="Pictures in a row of the sheet.")] = None,
     scale: Annotated[int, typer.Option(help="Repeat every pixel this often in both directions.")] = 1,
     decode: Annotated[
-        str, typer.Option(help="auto, cached, parallel or reference; all give the same pictures.")
+        str, typer.Option(help="auto, cached, compiled, parallel or reference: the same pictures.")
     ] = "auto",
     image: Annotated[Path | None, typer.Option(help="Picture to repaint in part.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is repainted.")] = None,
@@ -471,6 +473,7 @@ def demo(
 
 
 masks.add_commands(app, data_app)
+app.command()(benchmark)
 
 if __name__ == "__main__":
     app()

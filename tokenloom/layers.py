@@ -225,6 +225,7 @@ class Attention(nn.Module):
         context has no positions, so there it turns queries alone.
         """
         query, key, value = self._project(x, context)
+        kind = value.dtype  # a store may hold another number format
         if rope is not None:
             query = apply_rope(query, rope, self.halves)
             key = key if self.cross else apply_rope(key, rope, self.halves)
@@ -234,7 +235,7 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=self.kv_heads != self.heads
         )
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(mixed.transpose(1, 2).flatten(2).to(kind))
 
 
 class MLP(nn.Module):

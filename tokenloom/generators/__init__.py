@@ -37,6 +37,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Transformer": "transformer",
         "TransformerConfig": "transformer",
         "TwoLevelGenerator": "two_level",
+        "estimate_memory": "memory",
         "guide": "sampling",
         "sample_tokens": "sampling",
         "slide": "sliding",

@@ -221,7 +221,7 @@ class SegmentationPipeline(Pipeline):
             empty = torch.zeros(count, self.answers.levels, dtype=torch.long)
             known = self.answers.join(self._inside(given, picture.size), side, empty).to(device)
             keep = torch.arange(self.answers.length, device=device) < BOX
-        answers = self.generator.generate(
+        answers = self.awake(self.generator).generate(
             condition,
             guidance=rule,
             sampling=sampler,
@@ -268,7 +268,9 @@ class SegmentationPipeline(Pipeline):
             if float(output.scores[index]) < threshold:
                 continue
             codes = output.codes[index : index + 1]
-            mask = self.tokenizer.decode(codes, mask_tokens, (height, width), output="mask")[0].cpu()
+            mask = (
+                self.awake(self.tokenizer).decode(codes, mask_tokens, (height, width), output="mask")[0].cpu()
+            )
             factor = max(height, width) / max(output.size)
             results.append({"mask": mask, "score": output.scores[index], "box": output.boxes[index] * factor})
         return results
@@ -325,7 +327,7 @@ class SegmentationPipeline(Pipeline):
     def _render(
         self, codes: Tensor, count: int | None, size: tuple[int, int], kind: str
     ) -> Tensor | np.ndarray | list[Image.Image]:
-        masks = self.tokenizer.decode(codes, count, size, output="mask").cpu()
+        masks = self.awake(self.tokenizer).decode(codes, count, size, output="mask").cpu()
         if kind == "pt":
             return masks
         arrays = masks.numpy()

@@ -135,7 +135,8 @@ class TextToImagePipeline(Pipeline):
                 tokens pass through the image tokenizer, so kept pixels are its reconstruction.
             known: Codes (N,), (1, N) or (B, N), an alternative to `image`.
             keep: Which of `known` to keep, bool of the same shape.
-            decode: "auto", "cached", "parallel" (or a `Parallel`) or "reference"; all give the same codes.
+            decode: "auto", "cached", "compiled", "parallel" (or a `Parallel`) or "reference", which all give the same
+                codes, or "compiled-int8". The progress bar of the compiled ones stands still where no callback is given.
             output_type: "pil", "np", "pt" or "codes".
             return_dict: False gives the tuple (images, codes, seeds).
             callback_on_step_end: `callback(pipe, step_index, timestep, callback_kwargs)`, after every step; `timestep`
@@ -175,14 +176,15 @@ class TextToImagePipeline(Pipeline):
                     self._report(step, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
             device = self._execution_device
-            codes = self.generator.generate(
+            reported = callback_on_step_end is not None or not decode.startswith("compiled")
+            codes = self.awake(self.generator).generate(
                 words.to(device),
                 guidance=rule,
                 sampling=sampler,
                 seeds=seeds.to(device),
                 known=known,
                 keep=keep,
-                on_step=on_step,
+                on_step=on_step if reported else None,  # a recorded generation has no steps to report
                 decode=decode,
             )
         images = self._render(codes, output_type)
@@ -225,7 +227,7 @@ class TextToImagePipeline(Pipeline):
             pixels, keep = inputs.prepare_inpainting(
                 image, mask_image, cast("int", self.tokenizer.image_size), (rows, columns)
             )
-            known = self.tokenizer.encode(pixels.to(self._execution_device, self.tokenizer.dtype))
+            known = self.awake(self.tokenizer).encode(pixels.to(self._execution_device, self.tokenizer.dtype))
         if known is None or keep is None:
             return None, None
         return self._spread("known", known, batch), self._spread("keep", keep, batch).bool()
@@ -255,13 +257,16 @@ class TextToImagePipeline(Pipeline):
         size = cast("int", self.tokenizer.image_size)  # pictures are square
         white = torch.ones(1, 3, size, size, device=codes.device, dtype=self.tokenizer.dtype)
         with torch.no_grad():
-            filled = torch.where(committed.to(codes.device), codes, self.tokenizer.encode(white))
-            return media.to_pil(self.tokenizer.decode(filled))
+            tokenizer = self.awake(self.tokenizer)
+            filled = torch.where(committed.to(codes.device), codes, tokenizer.encode(white))
+            pictures = media.to_pil(tokenizer.decode(filled))
+        self.awake(self.generator)  # the generation goes on
+        return pictures
 
     def _render(self, codes: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "codes":
             return codes
-        pixels = self.tokenizer.decode(codes)  # (B, 3, H, W) in [-1, 1]
+        pixels = self.awake(self.tokenizer).decode(codes)  # (B, 3, H, W) in [-1, 1]
         if output_type == "pil":
             return media.to_pil(pixels)
         unit = (pixels.float() + 1) / 2

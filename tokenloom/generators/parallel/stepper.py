@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError
-from tokenloom.generators.arguments import Step
-from tokenloom.generators.guidance import Guidance
+from tokenloom.generators.arguments import Run, Step
 from tokenloom.generators.parallel.acceptance import Coupled, Samplings, Speculative
 from tokenloom.generators.parallel.drafts import SOURCES, Draft
 from tokenloom.generators.parallel.options import Parallel
 from tokenloom.generators.parallel.windows import Window, WindowCache, Windows
-from tokenloom.generators.sampling import Sampling
 
 if TYPE_CHECKING:
     from tokenloom.generators.base import Generator
@@ -60,18 +58,12 @@ class ParallelStepper:
         vectors = torch.zeros_like(plan.position) if plan.learned is None else plan.learned.clamp(min=0)
         self.vector = vectors.to(device)
 
-    def run(
-        self,
-        seeds: Tensor,
-        guidance: Guidance,
-        sampling: Sampling,
-        kept: tuple[Tensor, Tensor] | None,
-        on_step: Callable[[Step], None] | None,
-    ) -> Tensor:
-        """Codes (B, N) of a generation; arguments as in `tokenloom.generators.arguments.Run`."""
-        generator, order, device = self.generator, self.generator.order, self.prefix.device
+    def run(self, generator: Any, run: Run) -> Tensor:
+        """Codes (B, N) of a generation."""
+        order, device, seeds, on_step = generator.order, self.prefix.device, run.seeds, run.on_step
         batch, size, steps = len(seeds), order.layout.size, order.num_steps
-        samplings, scales = Samplings(sampling, steps, device), self._scales(guidance)
+        samplings = Samplings(run.sampling, steps, device)
+        scales = torch.tensor(run.scales(order), device=device)
         vocabulary = generator.special + generator.vocab_size
         draft = SOURCES[self.options.draft](order, seeds, vocabulary, generator.special)
         judge: Coupled | Speculative = Coupled(samplings, seeds, generator._sample)
@@ -79,8 +71,8 @@ class ParallelStepper:
             judge = Speculative(samplings, seeds, size, generator.special)
         codes = torch.zeros(batch, size + 1, dtype=torch.long, device=device)  # the last column is a filler
         known = torch.zeros_like(codes, dtype=torch.bool)
-        if kept is not None:
-            codes[:, :size], known[:, :size] = kept
+        if run.kept is not None:
+            codes[:, :size], known[:, :size] = run.kept
         done, guessed, reported = [0] * batch, [0] * batch, 0
         while min(done) < steps:
             window = self.windows.at(done)
@@ -100,17 +92,6 @@ class ParallelStepper:
                 self._report(on_step, codes[:, :size], range(reported, min(done)))
                 reported = min(done)
         return codes[:, :size].contiguous()
-
-    def _scales(self, guidance: Guidance) -> Tensor:
-        """Guidance scale (S,) of every step."""
-        order = self.generator.order
-        scales = [
-            guidance.at(
-                step / max(1, order.num_steps - 1), step=step, made=part.start, count=part.stop - part.start
-            )
-            for step, part in enumerate(order.slices)
-        ]
-        return torch.tensor(scales, device=self.prefix.device)
 
     def _guess(
         self,
