@@ -16,6 +16,7 @@ from tokenloom.errors import TokenloomError
 from tokenloom.generators import (
     BlockDiffusionGenerator,
     Generator,
+    Guidance,
     MaskedGenerator,
     NextBlockGenerator,
     NextNeighborGenerator,
@@ -28,8 +29,9 @@ from tokenloom.generators import (
     Step,
     orders,
 )
+from tokenloom.generators.arguments import Run
 from tokenloom.generators.orders import Order
-from tokenloom.generators.parallel import acceptance
+from tokenloom.generators.parallel import ParallelStepper, acceptance
 from tokenloom.generators.parallel.drafts import SOURCES, nearest_earlier
 from tokenloom.generators.parallel.windows import Windows
 from tokenloom.layouts import Layout
@@ -179,7 +181,8 @@ def test_rejected_rows_are_written_again() -> None:
         codes = model.generate(seeds=4)
         stepper = _stepper(model, options)
         kept = (codes, torch.ones_like(codes, dtype=torch.bool)) if known else None
-        found = stepper.run(torch.tensor([4]), _guidance(), Sampling(), kept, None)
+        run = Run(1, torch.tensor([4]), Guidance(), Sampling(), stepper.prefix, stepper, kept, None)
+        found = stepper.run(model, run)
         assert torch.equal(found, codes)
         caches.append([layer.keys[:, :, :-1] for layer in stepper.cache.layers])
     for wandering, straight in zip(*caches, strict=True):
@@ -187,18 +190,10 @@ def test_rejected_rows_are_written_again() -> None:
 
 
 def _stepper(model: Generator, options: Parallel) -> Any:
-    from tokenloom.generators.parallel import ParallelStepper
-
     with torch.no_grad():
         prefix = model.condition.rows(None, 1, torch.device("cpu"), model.tokens)
     model.requires_grad_(False)
     return ParallelStepper(model, prefix, None, options)
-
-
-def _guidance() -> Any:
-    from tokenloom.generators import Guidance
-
-    return Guidance()
 
 
 # ---- what users see --------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tokenloom.generators.base import Generator, Run, Step
 from tokenloom.generators.conditions import Given
 from tokenloom.generators.drafts import Canvas, Forwards, check_drafts, denoise, draft_plan
 from tokenloom.generators.orders import Order
+from tokenloom.generators.parallel.options import Parallel
 from tokenloom.generators.plans import RowPlan, query_plan
 from tokenloom.generators.reveal import REVEALS, confidence_score, random_score, surest
 from tokenloom.generators.sampling import Sampling
@@ -224,7 +225,7 @@ class BlockDiffusionGenerator(Generator):
         condition: Given | None = None,
         *,
         passes: int | None = None,
-        decode: str = "auto",
+        decode: str | Parallel = "auto",
         drafts: int | None = None,
         forwards: Forwards | None = None,
         **options: Any,

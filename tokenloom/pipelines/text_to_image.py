@@ -176,7 +176,7 @@ class TextToImagePipeline(Pipeline):
                     self._report(step, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
             device = self._execution_device
-            reported = callback_on_step_end is not None or not decode.startswith("compiled")
+            reported = callback_on_step_end is not None or not str(decode).startswith("compiled")
             codes = self.awake(self.generator).generate(
                 words.to(device),
                 guidance=rule,
