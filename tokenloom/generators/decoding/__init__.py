@@ -8,6 +8,7 @@ calls it several times and commits once. Knows nothing of sampling or guidance.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -88,15 +89,16 @@ def make(
     Raises:
         TokenloomError: For an unknown name, or if the generation does not fit into memory.
     """
-    windows = isinstance(name, Parallel) or name == "parallel"
-    chosen = "cached" if name == "auto" else name
-    if not windows and chosen not in RUNGS:
+    build: Callable[[RowModel, Tensor, Tensor | None], Stepper]
+    if isinstance(name, Parallel) or name == "parallel":
+        build = partial(_parallel, options=name)
+    elif name in ("auto", *RUNGS):
+        build = RUNGS["cached" if name == "auto" else name]
+    else:
         raise unknown_name("decode rung", name, ["auto", *RUNGS, "parallel"])
     if guided is not None:
         check_memory(generator, max(1, len(prefix) // (2 if guided else 1)), guided)
-    return (
-        _parallel(generator, prefix, visible, name) if windows else RUNGS[chosen](generator, prefix, visible)
-    )
+    return build(generator, prefix, visible)
 
 
 def run(generator: Any, run: Run) -> Tensor:
