@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_tokenizers import near, read
 from torch import Tensor
 
 from tokenloom import HubAudioTokenizer, TokenloomError
 from tokenloom.checkpoints import families, from_official, to_official
 from tokenloom.tokenizers.audio_base import PADDING
 
-FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 FAMILIES = ["encodec_24k", "mimi", "dac", "dac_original"]
 TINY: dict[str, dict[str, Any]] = {
     "encodec": {"num_filters": 4, "hidden_size": 8, "codebook_size": 32, "target_bandwidths": [0.75, 1.5]},
@@ -69,16 +66,8 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 @lru_cache
-def golden(family: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    with safe_open(FIXTURES / f"{family}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        values = {key: file.get_tensor(key) for key in file.keys()}
-    return config, {key[6:]: value for key, value in values.items() if key.startswith("state.")}, values
-
-
-@lru_cache
 def build(family: str) -> HubAudioTokenizer:
-    config, state, _ = golden(family)
+    config, state, _ = read(family)
     return from_official(family, state, config)  # type: ignore[return-value]
 
 
@@ -94,17 +83,13 @@ def tiny(kind: str) -> HubAudioTokenizer:
     return tokenizer
 
 
-def near(got: Tensor, wanted: Tensor, tolerance: float = 2e-4) -> None:
-    torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
-
-
 def sounds(count: int, samples: int) -> Tensor:
     return 0.3 * torch.randn(count, 1, samples, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_codes_and_sound(family):
-    tokenizer, (config, _, values) = build(family), golden(family)
+    tokenizer, (config, _, values) = build(family), read(family)
     audio, tolerance = values["input.audio"], 5e-4 if family == "dac_original" else 2e-4
     checked = 0
     for name, wanted in values.items():
@@ -131,7 +116,7 @@ def test_published_rates():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_way_back_is_exact(family):
-    _, state, _ = golden(family)
+    _, state, _ = read(family)
     official = to_official(build(family))
     assert official.keys() == state.keys()
     assert all(torch.equal(official[name], value) for name, value in state.items())
@@ -139,7 +124,7 @@ def test_the_way_back_is_exact(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_do_not_fit_are_all_named(family):
-    config, state, _ = golden(family)
+    config, state, _ = read(family)
     gone = sorted(name for name in state if name.startswith("decoder."))[:2]
     with pytest.raises(TokenloomError, match=r"Unknown keys \(1\): extra") as raised:
         from_official(
@@ -149,7 +134,7 @@ def test_weights_that_do_not_fit_are_all_named(family):
 
 
 def test_dac_in_a_published_container():
-    config, state, values = golden("dac_original")
+    config, state, values = read("dac_original")
     container: Any = {"state_dict": state, "metadata": {"kwargs": config["dac"]}}
     tokenizer: Any = from_official("dac_original", container, {})
     assert torch.equal(tokenizer.encode(values["input.audio"]), values["output.codes_4"])
@@ -195,7 +180,7 @@ def test_equal_lengths_in_a_batch_are_as_alone(kind):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_files_restore_everything(family, tmp_path):
-    audio = golden(family)[2]["input.audio"]
+    audio = read(family)[2]["input.audio"]
     build(family).save_pretrained(tmp_path)
     again = HubAudioTokenizer.from_pretrained(tmp_path)
     assert torch.equal(again.encode(audio), build(family).encode(audio))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_tokenizers import near as nearly
+from golden_tokenizers import read
 from torch import Tensor
 
 from tokenloom import ImageFlexTokenizer, ImageStepTokenizer, TokenloomError
@@ -19,29 +18,16 @@ from tokenloom.testing import check_tokenizer
 from tokenloom.tokenizers.flex import DecoderConfig, FlexDecoder, FlexEncoder, StackConfig
 from tokenloom.tokenizers.flow import make_levels
 
-FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 FAMILIES = ("dar_tokenizer", "flextok")
 NO_EFFECT = r"(decoder_layers.*\.attention|.*\.cross_attn)\.k_norm\.bias"  # a constant in all keys, which softmax does not see
 TINY = {"width": 16, "depth": 1, "heads": 2}
-
-
-@lru_cache
-def golden(family: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Configuration, official weights, and published inputs and outputs."""
-    with safe_open(FIXTURES / f"{family}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        values = {key: file.get_tensor(key) for key in file.keys()}
-    return config, {key[6:]: value for key, value in values.items() if key.startswith("state.")}, values
+near = partial(nearly, tolerance=2e-5)
 
 
 @lru_cache
 def build(family: str) -> Any:
-    config, state, _ = golden(family)
+    config, state, _ = read(family)
     return from_official(family, state, config)
-
-
-def near(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got.detach(), wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
 def spread(module: torch.nn.Module) -> None:
@@ -55,7 +41,7 @@ def spread(module: torch.nn.Module) -> None:
 
 
 def test_flextok_codes():
-    tokenizer, (_, _, values) = build("flextok"), golden("flextok")
+    tokenizer, (_, _, values) = build("flextok"), read("flextok")
     latents = values["input.vae_latents"]
     assert torch.equal(tokenizer.encode(latents), values["output.tokens"])
     near(tokenizer.features(latents), values["output.fsq_input"])
@@ -66,7 +52,7 @@ def test_flextok_codes():
 
 @torch.no_grad()
 def test_flextok_velocities_and_loss():
-    tokenizer, (config, _, values) = build("flextok"), golden("flextok")
+    tokenizer, (config, _, values) = build("flextok"), read("flextok")
     decoder, z_q = tokenizer.decoder, values["output.quantized"]
     noise, times = values["input.noise"], values["input.timesteps"]
     kept = decoder.registers(z_q, torch.tensor(config["keep_k"]))
@@ -91,13 +77,13 @@ def test_flextok_velocities_and_loss():
     ],
 )
 def test_flextok_samples(name, options):
-    tokenizer, (_, _, values) = build("flextok"), golden("flextok")
+    tokenizer, (_, _, values) = build("flextok"), read("flextok")
     got = tokenizer.decode(values["output.tokens"], steps=4, noise=values["input.noise"], **options)
     near(got, values[f"output.{name}"])
 
 
 def test_flextok_samples_of_prefixes():
-    tokenizer, (config, _, values) = build("flextok"), golden("flextok")
+    tokenizer, (config, _, values) = build("flextok"), read("flextok")
     for index, count in enumerate(config["keep_k"]):
         here = slice(index, index + 1)
         codes, noise = values["output.tokens"][here, :count], values["input.noise"][here]
@@ -106,7 +92,7 @@ def test_flextok_samples_of_prefixes():
 
 
 def test_flextok_positions_are_the_published_ones():
-    _, state, _ = golden("flextok")
+    _, state, _ = read("flextok")
     fresh = ImageFlexTokenizer(
         [24, 32], table=16, patch=2, encoder_config=TINY | {"width": 32}, decoder_config=TINY | {"width": 48}
     )
@@ -204,7 +190,7 @@ def test_flextok_with_its_autoencoder():
 
 @torch.no_grad()
 def test_dar_codes_and_condition():
-    tokenizer, (_, _, values) = build("dar_tokenizer"), golden("dar_tokenizer")
+    tokenizer, (_, _, values) = build("dar_tokenizer"), read("dar_tokenizer")
     pixels, codes = values["input.image"], values["output.tokens"]
     assert torch.equal(tokenizer.encode(pixels), codes)
     near(tokenizer.quantize(pixels).z_q, values["output.quantized"].squeeze(2).transpose(1, 2))
@@ -216,7 +202,7 @@ def test_dar_codes_and_condition():
 
 
 def test_dar_samples_and_preview():
-    tokenizer, (_, _, values) = build("dar_tokenizer"), golden("dar_tokenizer")
+    tokenizer, (_, _, values) = build("dar_tokenizer"), read("dar_tokenizer")
     codes, noise = values["output.tokens"], values["input.noise"]
     near(1 - torch.tensor(make_levels(4, 2.0)), values["output.schedule"])
     near(tokenizer.decode(codes, noise=noise), values["output.reconstruction"])
@@ -292,7 +278,7 @@ def test_flextok_published_sizes(encoder, decoder, total):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_way_back_is_exact(family):
-    _, state, _ = golden(family)
+    _, state, _ = read(family)
     official = to_official(build(family))
     assert official.keys() == state.keys()
     assert all(torch.equal(official[name], value) for name, value in state.items())
@@ -301,7 +287,7 @@ def test_the_way_back_is_exact(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_is_used(family):
     """Shifts the numbers of each tensor by one place and looks for an output that moves."""
-    config, state, values = golden(family)
+    config, state, values = read(family)
     media = values["input.vae_latents" if family == "flextok" else "input.image"][:1]
     codes, noise = values["output.tokens"][:1], values["input.noise"][:1]
     options = {"steps": 1, "guidance": 2.0} if family == "flextok" else {}
@@ -326,7 +312,7 @@ def test_every_weight_is_used(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_do_not_fit_are_all_named(family):
-    config, state, _ = golden(family)
+    config, state, _ = read(family)
     prefix = "decoder.module_dict.dec_to_patches.proj" if family == "flextok" else "diff_decoder.net.cond_mlp"
     with pytest.raises(TokenloomError, match=r"Unknown keys \(1\): extra\."):
         from_official(family, state | {"extra": torch.zeros(1)}, config)
@@ -340,7 +326,7 @@ def test_weights_that_do_not_fit_are_all_named(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_official_tokenizers_keep_the_contract(family):
-    _, _, values = golden(family)
+    _, _, values = read(family)
     media = values["input.vae_latents" if family == "flextok" else "input.image"]
     ran = check_tokenizer(build(family), torch.cat([media, media[:1].flip(-1)]).clamp(-1, 1))
     assert {"batch", "save and load", "bad codes"} <= set(ran)

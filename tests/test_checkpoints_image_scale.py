@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_tokenizers import near, read
 from torch import Tensor
 
 from tokenloom import Layout, TokenloomError
 from tokenloom.checkpoints import from_official, to_official
 
-FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 FAMILIES = {"var_vq": "var_msvqvae", "infinity_bsq": "infinity_bsq"}
 
 
 def golden(family: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Configuration, official weights, and published inputs and outputs."""
-    with safe_open(FIXTURES / f"{FAMILIES[family]}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        values = {key: file.get_tensor(key) for key in file.keys()}
-    state = {key[6:]: value for key, value in values.items() if key.startswith("state.")}
-    return config, state, values
-
-
-def near(got: Tensor, wanted: Tensor) -> None:
-    assert got.shape == wanted.shape
-    torch.testing.assert_close(got.detach(), wanted, rtol=0, atol=2e-4 * float(wanted.abs().max()))
+    return read(FAMILIES[family])
 
 
 def rows(maps: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tokenloom.checkpoints import from_official, official_guidance, to_official
 from tokenloom.errors import TokenloomError
-from tokenloom.generators import Guidance, MaskedLatentGenerator
+from tokenloom.generators import Guidance, MaskedLatentGenerator, orders
 from tokenloom.generators.continuous import Denoising
 from tokenloom.generators.masked_visits import hidden_counts
+from tokenloom.layouts import Layout
 
 FAMILIES = ("mar", "himar")
 
@@ -213,6 +214,78 @@ def test_other_sizes(family: str) -> None:
         for decode in ("reference", "cached")
     ]
     assert close(made[1], made[0]) and made[0].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("sides", "widths", "depths", "heads", "channels", "map_width"),
+    [
+        ((5,), (24, 40), (1, 2), (3, 5), 5, 0),
+        ((2,), (32, 18), (2, 1), (1, 3), 16, 0),
+        ((3, 5), (24, 40), (1, 2), (3, 5), 5, 12),
+        ((2, 6), (32, 18), (2, 1), (4, 2), 3, 40),
+    ],
+)
+def test_other_shapes(
+    sides: tuple[int, ...],
+    widths: tuple[int, int],
+    depths: tuple[int, int],
+    heads: tuple[int, int],
+    channels: int,
+    map_width: int,
+) -> None:
+    """A model of other grids, widths, heads and channels goes to official names and back, and computes the same."""
+    torch.manual_seed(0)
+    two, layout = len(sides) == 2, Layout.scales(list(sides)) if len(sides) == 2 else Layout.grid(*sides * 2)
+    first, second = (
+        {
+            "width": width,
+            "heads": head,
+            "depth": depth,
+            "norm": "layer",
+            "norm_eps": 1e-6,
+            "mlp": "gelu",
+            "mlp_width": 3 * width,
+            "qkv_bias": True,
+            "out_bias": True,
+            "mlp_bias": True,
+            "rope": False,
+        }
+        for width, head, depth in zip(widths, heads, depths, strict=True)
+    )
+    rows = {"kind": "rows", "width": 20, "depth": 2}
+    wide = {"kind": "map", "width": map_width, "depth": 3, "heads": 2, "mlp_width": 28}
+    model: Any = MaskedLatentGenerator(
+        (orders.scales(layout) if two else orders.blocks(layout, sides * 2)).to_config(),
+        channels,
+        first,
+        second,
+        [rows, wide] if two else [rows],
+        {"kind": "class", "num_classes": 7},
+        prefix_repeats=3,
+        rule_config={"visits": [3, 2], "mask_schedules": ["truncnorm"] * 2, "loss_weights": [1, 1]}
+        if two
+        else {},
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    model.official_family, model.official_unused = "himar" if two else "mar", None
+    config: dict[str, Any] = {"img_size": 16 * sides[-1]}
+    config |= {
+        "encoder_num_heads": heads[0],
+        "decoder_num_heads": heads[1],
+        "cond_scale": sides[0],
+        "head": 2,
+    }
+    state = to_official(model)
+    again = from_official(model.official_family, state, config)
+    assert again.channels == channels and again.order == model.order and again.repeats == 3
+    settings: dict[str, Any] = {"guidance": 2.0, "sampling": Denoising(3), "seeds": 1, "visits": 3}
+    made = [one.generate(torch.tensor([0, 6, 3]), **settings) for one in (model, again)]
+    assert torch.equal(*made) and made[0].std() > 0
+    back = to_official(again)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+    labels, latents = torch.tensor([0, 6, 3]), torch.randn(3, layout.size, channels)
+    assert torch.isfinite(again.train().loss(latents, labels))
 
 
 def test_unknown_and_missing_keys_are_listed() -> None:

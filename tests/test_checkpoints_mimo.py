@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_tokenizers import near, read
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,22 +15,13 @@ from tokenloom import MimoAudioTokenizer, Sampling, TokenloomError
 from tokenloom.checkpoints import from_official, to_official
 from tokenloom.generators import PatchNetworks
 
-FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 FAMILIES = ["mimo_audio_tokenizer", "mimo_audio_patch"]
 GREEDY = Sampling(temperature=0)
 
 
 @lru_cache
-def golden(family: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    with safe_open(FIXTURES / f"{family}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        values = {key: file.get_tensor(key) for key in file.keys()}
-    return config, {key[6:]: value for key, value in values.items() if key.startswith("state.")}, values
-
-
-@lru_cache
 def build(family: str) -> Any:
-    config, state, _ = golden(family)
+    config, state, _ = read(family)
     return from_official(family, state, config)
 
 
@@ -42,12 +31,8 @@ def no_gradients():
         yield
 
 
-def near(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4 * float(wanted.abs().max()))
-
-
 def published_batch() -> tuple[Tensor, Tensor]:
-    values = golden("mimo_audio_tokenizer")[2]
+    values = read("mimo_audio_tokenizer")[2]
     lengths = values["input.mel_lengths"]
     return pad_sequence(list(values["input.mel"].split(lengths.tolist())), batch_first=True), lengths
 
@@ -61,7 +46,7 @@ def sounds(count: int = 2, samples: int = 1600) -> Tensor:
 
 
 def test_published_codes_of_a_batch():
-    tokenizer, values = build("mimo_audio_tokenizer"), golden("mimo_audio_tokenizer")[2]
+    tokenizer, values = build("mimo_audio_tokenizer"), read("mimo_audio_tokenizer")[2]
     mel, lengths = published_batch()
     vectors, counts = tokenizer.features(mel, lengths)
     assert torch.equal(counts, values["output.lengths"])
@@ -76,15 +61,15 @@ def test_published_codes_of_a_batch():
 
 
 def test_published_sound():
-    tokenizer, values = build("mimo_audio_tokenizer"), golden("mimo_audio_tokenizer")[2]
+    tokenizer, values = build("mimo_audio_tokenizer"), read("mimo_audio_tokenizer")[2]
     codes = values["output.codes"][None, :, : int(values["output.lengths"][0])]
     near(tokenizer.decode(codes), values["output.wave"])
     near(tokenizer.decode(codes[:, :4]), values["output.wave_first4"])
 
 
 def test_published_patches():
-    networks, values = build("mimo_audio_patch"), golden("mimo_audio_patch")[2]
-    config, ids = golden("mimo_audio_patch")[0], values["input.input_ids"]
+    networks, values = build("mimo_audio_patch"), read("mimo_audio_patch")[2]
+    config, ids = read("mimo_audio_patch")[0], values["input.input_ids"]
     near(networks.embed(ids[:, 1:], ids[:, 0, :: config["group"]]), values["output.input_embeds"])
     vectors = values["input.llm_hidden"][:, 0]
     near(networks.decoder.start(vectors)[:, None], values["output.local_hidden"])
@@ -97,7 +82,7 @@ def test_published_patches():
 
 
 def test_the_names_of_the_published_configuration():
-    config, state, values = golden("mimo_audio_patch")
+    config, state, values = read("mimo_audio_patch")
     names = {"local_attn_heads": 4, "group_size": 4, "delay_pattern": "0-1-2-3", "input_full_attention": True}
     networks: Any = from_official("mimo_audio_patch", state, {**names, "rope_theta": 640000, "empty_idx": 49})
     assert networks.config == build("mimo_audio_patch").config and config["group"] == 4
@@ -107,14 +92,14 @@ def test_the_names_of_the_published_configuration():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_way_back_is_exact(family):
-    state, official = golden(family)[1], to_official(build(family))
+    state, official = read(family)[1], to_official(build(family))
     assert official.keys() == state.keys()
     assert all(torch.equal(official[name], value) for name, value in state.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_do_not_fit_are_all_named(family):
-    config, state, _ = golden(family)
+    config, state, _ = read(family)
     gone = sorted(name for name in state if name.endswith("q_proj.weight"))[-2:]
     with pytest.raises(TokenloomError, match=r"Unknown keys \(1\): extra\. Missing keys \(2\)"):
         from_official(
@@ -173,7 +158,7 @@ def test_files_restore_everything(family, tmp_path):
         assert torch.equal(again.encode(sounds()), module.encode(sounds()))
         assert torch.equal(again.reconstruct(sounds()), module.reconstruct(sounds()))
     else:
-        vectors, seeds = golden(family)[2]["input.llm_hidden"][:, 0], torch.tensor([1, 2])
+        vectors, seeds = read(family)[2]["input.llm_hidden"][:, 0], torch.tensor([1, 2])
         assert torch.equal(again.generate(vectors, seeds), module.generate(vectors, seeds))
 
 
@@ -257,7 +242,7 @@ def test_wrong_codes_are_named(codes, message):
 
 
 def test_wrong_settings_are_named():
-    config, state, _ = golden("mimo_audio_tokenizer")
+    config, state, _ = read("mimo_audio_tokenizer")
     with pytest.raises(TokenloomError, match="rope_type"):
         from_official("mimo_audio_tokenizer", state, {**config["mimo"], "rope_type": "yarn"})
     with pytest.raises(TokenloomError, match="'encoder'"):

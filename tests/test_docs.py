@@ -22,6 +22,7 @@ from tokenloom.tokenizers.registry import TOKENIZERS
 from tokenloom.training.audio_config import CodecConfig, ContinuationConfig
 from tokenloom.training.config import GeneratorConfig, TokenizerConfig, from_dict
 from tokenloom.training.segmentation_config import MaskTokenizerConfig, SegmentationConfig
+from tokenloom.training.video_config import VideoConfig, VideoTokenizerConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -165,6 +166,8 @@ def test_configurations_load(page: Path, text: str) -> None:
     kind: type = TokenizerConfig if values.get("tokenizer") in classes else GeneratorConfig
     if "scenes" in values:
         kind = SegmentationConfig if "tokenizer" in values or "unet" in values else MaskTokenizerConfig
+    elif "video" in values["output"]:
+        kind = VideoConfig if "tokenizer" in values else VideoTokenizerConfig
     elif "codec" in values or "crop_seconds" in values:
         kind = ContinuationConfig if "codec" in values else CodecConfig
     assert from_dict(kind, values).output == values["output"]

@@ -324,6 +324,16 @@ def test_temperature() -> None:
     assert not torch.equal(*warm)
 
 
+@pytest.mark.parametrize("name", ORDERS)
+def test_clip_bounds_what_is_drawn(name: str) -> None:
+    """The last step ends at the predicted clean token; a bound that nothing reaches changes nothing."""
+    model, labels = build(name), torch.tensor([1, 2])
+    free = model.generate(labels, guidance=2.0, seeds=4, sampling=Denoising(3))
+    made = model.generate(labels, guidance=2.0, seeds=4, sampling=Denoising(3, clip=0.5))
+    assert made.abs().max() <= 0.5 < free.abs().max()
+    assert torch.equal(model.generate(labels, guidance=2.0, seeds=4, sampling=Denoising(3, clip=1e30)), free)
+
+
 def test_storage(tmp_path: Path) -> None:
     for name in ORDERS:
         model, labels = build(name), torch.tensor([1])
@@ -333,37 +343,33 @@ def test_storage(tmp_path: Path) -> None:
         assert alike(again.generate(labels, seeds=1), model.generate(labels, seeds=1))
 
 
-def real_latents() -> Tensor:
-    """The code vectors of 16 crops of a photograph (16, 64, 4), scaled to a deviation above 1 as latents should be."""
-    return 4 * tokenizer().quantizer.decode(real_codes()).detach()
+@torch.no_grad()
+def real_latents(scale: float) -> Tensor:
+    """The code vectors of 16 crops of a photograph (16, 64, 4), levels 0.25 * scale apart."""
+    return scale * tokenizer().quantizer.decode(real_codes())
 
 
-def test_learns_real_sequences_by_heart() -> None:
-    """To less than 5 % of the first loss; without noise on the way, 97 % of the tokens are then nearest to their own."""
-    latents, labels = real_latents(), torch.arange(16)
+def learned(order: Any, latents: Tensor, heads: list[Any], steps: int, **rule: Any) -> tuple[Any, float]:
+    """A generator that was taught latents and their numbers, and the share of the first loss that is left."""
     torch.manual_seed(0)
     model = MaskedLatentGenerator(
-        orders.blocks(tokenizer().layout, (8, 8)).to_config(),
+        order.to_config(),
         latents.shape[-1],
         SIDE | {"width": 64},
         SIDE | {"width": 64, "modulation": "own", "final_modulation": True},
-        [ROWS | {"width": 64}],
-        {"kind": "class", "num_classes": 16},
-        rule_config={"label_drop": 0.0, "repeats": 2},
+        [head | {"width": 64} for head in heads],
+        {"kind": "class", "num_classes": len(latents)},
+        rule_config={"label_drop": 0.0, "repeats": 2} | rule,
     ).train()
-    network = model.network
+    network, labels = model.network, torch.arange(len(latents))
+    places = (network.encoder_places, network.decoder_places, network.places)
     with torch.no_grad():
-        for table in (
-            model.condition.table.weight,
-            network.encoder_places,
-            network.decoder_places,
-            network.places,
-        ):
+        for table in (model.condition.table.weight, *places):
             table.normal_()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=180, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
     losses = []
-    for _ in range(180):
+    for _ in range(steps):
         loss = model(latents, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -371,52 +377,31 @@ def test_learns_real_sequences_by_heart() -> None:
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < 0.05 * losses[0]
-    still = Denoising(1000, temperature=0.0)
-    made = model.eval().generate(labels, sampling=still, seeds=0, visits=2)
+    return model.eval(), sum(losses[-10:]) / 10 / losses[0]
+
+
+def test_learns_real_sequences_by_heart() -> None:
+    """To less than 5 % of the first loss; without noise on the way, 99 % of the tokens are then nearest to their own."""
+    latents = real_latents(4)
+    model, left = learned(orders.blocks(tokenizer().layout, (8, 8)), latents, [ROWS], 180)
+    assert left < 0.05
+    still = Denoising(25, temperature=0.0, clip=float(latents.abs().max()))
+    made = model.generate(torch.arange(16), sampling=still, seeds=0, visits=2)
     half = 4 * 0.25 / 2  # half the distance of neighbouring levels of the quantizer
-    assert ((made - latents).abs() < half).all(-1).float().mean() > 0.97
+    assert ((made - latents).abs() < half).all(-1).float().mean() > 0.99
 
 
-@pytest.mark.parametrize(
-    ("steps", "share"), [(120, 1 / 3), pytest.param(600, 0.05, marks=pytest.mark.slow)], ids=["short", "long"]
-)
-def test_both_grids_learn(steps: int, share: float) -> None:
-    """The same crops as a grid of averages and the grid itself; the long run takes a minute."""
-    latents, labels = real_latents(), torch.arange(16)
-    small = F.avg_pool2d(latents.transpose(1, 2).unflatten(2, (8, 8)), 4).flatten(2).transpose(1, 2)
-    torch.manual_seed(0)
-    model = MaskedLatentGenerator(
-        orders.scales(Layout.scales([2, 8])).to_config(),
-        latents.shape[-1],
-        SIDE | {"width": 64},
-        SIDE | {"width": 64, "modulation": "own", "final_modulation": True},
-        [ROWS | {"width": 64}, MAP | {"width": 64}],
-        {"kind": "class", "num_classes": 16},
-        rule_config={"visits": [2, 2], "mask_schedules": ["truncnorm", "cosine"], "loss_weights": [2.0, 0.75]}
-        | {"label_drop": 0.0, "repeats": 2},
-    ).train()
-    network = model.network
-    with torch.no_grad():
-        for table in (
-            model.condition.table.weight,
-            network.encoder_places,
-            network.decoder_places,
-            network.places,
-        ):
-            table.normal_()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
-    losses = []
-    for _ in range(steps):
-        loss = model(torch.cat((2 * small, latents), dim=1), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < share * losses[0]
+def test_learns_both_grids_by_heart() -> None:
+    """The same crops as a grid of averages and the grid itself: of both, 99 % of the tokens come back within 0.5."""
+    fine = real_latents(4)
+    coarse = F.avg_pool2d(fine.transpose(1, 2).unflatten(2, (8, 8)), 4).flatten(2).transpose(1, 2)
+    latents = torch.cat((2 * coarse, fine), dim=1)
+    rule = {"mask_schedules": ["truncnorm", "cosine"], "visits": [2, 2], "loss_weights": [2.0, 0.75]}
+    model, left = learned(orders.scales(Layout.scales([2, 8])), latents, [ROWS, MAP], 520, **rule)
+    assert left < 0.05
+    still = Denoising(25, temperature=0.0, clip=float(latents.abs().max()))
+    near = ((model.generate(torch.arange(16), sampling=still, seeds=0) - latents).abs() < 0.5).all(-1)
+    assert near[:, :4].float().mean() > 0.99 and near[:, 4:].float().mean() > 0.99
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------

@@ -285,6 +285,21 @@ def test_the_sde_keeps_the_spread_of_the_data() -> None:
     assert x.std().item() == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_clip_bounds_the_data_that_velocities_predict(solver: str) -> None:
+    """One step ends there; a bound that nothing reaches changes no more than rounding does."""
+    model, noise = make(), latents_of(SQUARE, 2)[None].expand(3, -1, -1, -1)
+    for steps, clip in ((1, 0.1), (3, 1e4)):
+        free, made = (
+            model.generate(batch_size=2, noise=noise, sampling=Denoising(steps, solver, 0.0, bound))
+            for bound in (None, clip)
+        )
+        if steps == 1:
+            assert made.abs().max() <= 0.1 + 1e-6 < free.abs().max()
+        else:
+            same(made, free)
+
+
 def test_temperature_is_that_of_the_added_noise() -> None:
     model = make()
     noise = torch.cat((latents_of(SQUARE, 2)[None], torch.full((2, 2, 16, CHANNELS), 9.0)))
@@ -448,7 +463,8 @@ def test_bad_teaching(arguments: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"steps": 0}, {"steps": 2.0}, {"temperature": -1.0}, {"temperature": "a"}]
+    "values",
+    [{"steps": 0}, {"steps": 2.0}, {"temperature": -1.0}, {"temperature": "a"}, {"clip": 0}, {"clip": "1"}],
 )
 def test_bad_denoising(values: dict[str, Any]) -> None:
     with pytest.raises(TokenloomError, match="got"):

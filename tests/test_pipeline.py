@@ -15,6 +15,7 @@ from tiny_models import LENGTH, WORDS, tiny_generator, tiny_pipeline, tiny_token
 
 from tokenloom import Guidance, TextToImagePipeline, TokenloomError, WordTokenizer, media, models
 from tokenloom.pipelines import inputs
+from tokenloom.pipelines.preset import merge_settings
 from tokenloom.tokenizers.text import split_words
 
 PROMPT = "a simple picture of a red apple"
@@ -141,11 +142,11 @@ def test_preset_keys_reach_guidance_and_sampling() -> None:
         "top_p": 0.5,
     }
     pipe = tiny_pipeline(**preset, guidance_interval=[0.0, 0.5], nucleus="ascending")
-    guidance, sampling = pipe._settings(None, None, None, None, None)
+    guidance, sampling = merge_settings(pipe.config["sampling"])
     assert (guidance.scale, guidance.schedule, guidance.start) == (3.0, "linear", 2.0)
     assert guidance.interval == (0.0, 0.5)
     assert (sampling.top_k, sampling.top_p, sampling.nucleus) == (5, 0.5, "ascending")
-    assert pipe._settings(1.0, None, None, None, None)[0].enabled is False
+    assert merge_settings(pipe.config["sampling"], 1.0)[0].enabled is False
 
 
 def test_an_unknown_preset_key_gets_the_closest_match() -> None:
@@ -409,7 +410,7 @@ def test_prompts_of_filler_words_are_the_null_condition(
         result = pipe("a picture of the", seed=1)
     assert "no word that the model reads" in caplog.text
     assert torch.equal(
-        result.codes, pipe.generator.generate(seeds=[1], sampling=pipe._settings(*[None] * 5)[1])
+        result.codes, pipe.generator.generate(seeds=[1], sampling=merge_settings(pipe.config["sampling"])[1])
     )
 
 

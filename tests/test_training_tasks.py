@@ -7,12 +7,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
-from PIL import Image, ImageDraw
+from PIL import Image
+from tiny_training import (
+    COLOURS,
+    FSQ,
+    MODEL,
+    SHAPES,
+    VQ,
+    draw,
+    draw_folder,
+    generator_settings,
+    log_rows,
+    loop,
+    picture_array,
+    tokenizer_settings,
+    write,
+)
 from torch import Tensor
 
 from tokenloom import (
@@ -22,8 +35,6 @@ from tokenloom import (
     TokenloomError,
     WordTokenizer,
 )
-from tokenloom.training.augment import augment
-from tokenloom.training.code_cache import cached_codes, encode_views
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, from_dict
 from tokenloom.training.families import FAMILIES
 from tokenloom.training.generator_task import GeneratorTask
@@ -31,80 +42,15 @@ from tokenloom.training.loop import Trainer
 from tokenloom.training.run import train_generator, train_tokenizer
 from tokenloom.training.tokenizer_task import TokenizerTask
 
-COLOURS = ["red", "green", "blue", "orange"]
-SHAPES = ["circle", "square", "triangle"]
-MODEL = {
-    "image_size": 16,
-    "patch": 4,
-    "merge": 1,
-    "width": 32,
-    "encoder_depth": 1,
-    "decoder_depth": 1,
-    "heads": 2,
-}
-FSQ = {**MODEL, "quantizer_options": {"levels": [8, 8, 4]}}
-VQ = {**MODEL, "quantizer_type": "vq"}
-
-
-def draw(colour: str, shape: str) -> Image.Image:
-    picture = Image.new("RGB", (16, 16), "white")
-    pen = ImageDraw.Draw(picture)
-    if shape == "circle":
-        pen.ellipse((2, 2, 13, 13), fill=colour)
-    elif shape == "square":
-        pen.rectangle((3, 3, 12, 12), fill=colour)
-    else:
-        pen.polygon([(8, 2), (2, 13), (14, 13)], fill=colour)
-    return picture
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures; captions with nothing but "file" and "text"."""
-    root = tmp_path_factory.mktemp("pictures")
-    lines = []
-    for colour in COLOURS:
-        for shape in SHAPES:
-            draw(colour, shape).save(root / f"{colour}-{shape}.png")
-            lines.append(json.dumps({"file": f"{colour}-{shape}.png", "text": f"a {colour} {shape}"}))
-    (root / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return root
-
-
-def loop(**changes: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "steps": 4,
-        "batch_size": 4,
-        "learning_rate": 2e-3,
-        "warmup": 1,
-        "precision": "no",
-    }
-    values |= {"ema": 0.5, "log_every": 2, "sample_every": 2, "checkpoint_every": 2}
-    return values | changes
-
-
-def tokenizer_settings(root: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    data = {"root": str(root)}
-    return {"output": str(output), "data": data, "model": FSQ, "loop": loop(), **changes}
-
-
-def generator_settings(root: Path, tokenizer: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    model = {"transformer": {"width": 16, "heads": 2, "depth": 2}, "code_levels": [8, 8, 4]}
-    values = {"output": str(output), "tokenizer": str(tokenizer), "data": {"root": str(root)}, "model": model}
-    return {**values, "text": {"max_length": 4}, "loop": loop(), **changes}
-
-
-def write(path: Path, values: dict[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+    """Twelve captioned pictures."""
+    return draw_folder(tmp_path_factory.mktemp("pictures"))
 
 
 def tokenizer_task(values: dict[str, Any]) -> TokenizerTask:
     return TokenizerTask(from_dict(TokenizerConfig, values))
-
-
-def log_rows(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -343,54 +289,6 @@ def test_init_from_continues_with_the_same_model(folder, generated, trained, tmp
     assert task.words.vocabulary == pipe.text_tokenizer.vocabulary
 
 
-def test_codes_are_cached_once_per_view(folder, trained, tmp_path):
-    values = generator_settings(folder, trained / "model", tmp_path, views=3, augment={"shift": 0.3})
-    config = from_dict(GeneratorConfig, values)
-    task = GeneratorTask(config)
-    assert task.codes.shape == (12, 3, 16)
-    pixels = torch.stack([torch.from_numpy(picture_array(folder, item.file)) for item in task.captions])
-    plain = task.tokenizer.encode(pixels.float() / 127.5 - 1)
-    assert torch.equal(task.codes[:, 0].long(), plain)
-    assert not torch.equal(task.codes[:, 1], task.codes[:, 0])
-    assert torch.equal(encode_views(task.tokenizer, pixels, config, batch_size=12), task.codes)
-
-
-def test_codes_in_a_folder_are_read_again_until_anything_they_depend_on_changes(
-    folder, trained, tmp_path, monkeypatch
-):
-    calls: list[int] = []
-
-    def counted(*arguments: object) -> torch.Tensor:
-        calls.append(1)
-        return encode_views(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("tokenloom.training.code_cache.encode_views", counted)
-    options = {"views": 2, "augment": {"shift": 0.3}, "code_cache": str(tmp_path / "codes")}
-    settings = generator_settings(folder, trained / "model", tmp_path, **options)
-    first, again = (GeneratorTask(from_dict(GeneratorConfig, settings)) for _ in range(2))
-    assert len(calls) == 1 and torch.equal(first.codes, again.codes)
-    changed = from_dict(GeneratorConfig, settings | {"augment": {"shift": 0.2}})
-    assert not torch.equal(GeneratorTask(changed).codes, first.codes)
-    with torch.no_grad():
-        again.tokenizer.from_code.bias.add_(1)
-    pixels = torch.stack([torch.from_numpy(picture_array(folder, item.file)) for item in first.captions])
-    cached_codes(again.tokenizer, pixels, first.config)
-    assert len(calls) == 3
-    assert len(list((tmp_path / "codes").iterdir())) == 3  # and no file that is half written
-
-
-def test_without_views_every_batch_is_changed_and_encoded_anew(folder, trained, tmp_path):
-    values = generator_settings(folder, trained / "model", tmp_path, views=0, augment={"shift": 0.3})
-    task = GeneratorTask(from_dict(GeneratorConfig, values))
-    first, again, other = (
-        task.batch(torch.arange(12), torch.Generator().manual_seed(seed))["codes"] for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    pixels = torch.stack([torch.from_numpy(picture_array(folder, item.file)) for item in task.captions])
-    changed = augment(pixels.float() / 127.5 - 1, task.config.augment, torch.Generator().manual_seed(1))
-    assert torch.equal(first, task.tokenizer.encode(changed))
-
-
 def test_the_loss_of_held_out_pictures_is_logged_with_every_sheet(folder, trained, tmp_path):
     copy = tmp_path / "pictures"
     shutil.copytree(folder, copy)
@@ -412,11 +310,6 @@ def test_the_loss_of_held_out_pictures_is_logged_with_every_sheet(folder, traine
     assert found[-1] == pytest.approx(float(expected), abs=1e-4)
     with pytest.raises(TokenloomError, match="vall"):
         GeneratorTask(from_dict(GeneratorConfig, values | {"held_out": "vall"}))
-
-
-def picture_array(root: Path, file: str) -> np.ndarray:
-    with Image.open(root / file) as picture:
-        return np.array(picture.convert("RGB")).transpose(2, 0, 1)
 
 
 def test_captions_are_dropped_as_often_as_configured(folder, trained, tmp_path):

@@ -49,6 +49,7 @@ _EXPORTS = {
     "Tokenizer": "tokenloom.tokenizers.base",
     "TokenloomError": "tokenloom.errors",
     "TwoLevelGenerator": "tokenloom.generators.two_level",
+    "VideoPipeline": "tokenloom.pipelines.video",
     "VideoTokenizer": "tokenloom.tokenizers.video",
     "WordTokenizer": "tokenloom.tokenizers.text",
 }
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from tokenloom.pipelines.audio_continuation import AudioContinuationPipeline as AudioContinuationPipeline
     from tokenloom.pipelines.segmentation import SegmentationPipeline as SegmentationPipeline
     from tokenloom.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
+    from tokenloom.pipelines.video import VideoPipeline as VideoPipeline
     from tokenloom.tokenizers.audio import AudioTokenizer as AudioTokenizer
     from tokenloom.tokenizers.audio_hub import HubAudioTokenizer as HubAudioTokenizer
     from tokenloom.tokenizers.audio_mimo import MimoAudioTokenizer as MimoAudioTokenizer
@@ -130,6 +132,7 @@ __all__ = [
     "Tokenizer",
     "TokenloomError",
     "TwoLevelGenerator",
+    "VideoPipeline",
     "VideoTokenizer",
     "WordTokenizer",
     "__version__",

@@ -14,11 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tokenloom import __version__, cli_audio
+from tokenloom import __version__, cli_audio, cli_video
 from tokenloom import cli_masks as masks
+from tokenloom.cli_benchmark import benchmark
 from tokenloom.cli_options import ERR as _ERR
 from tokenloom.cli_options import OUT as _OUT
-from tokenloom.cli_options import DeviceOption, ResumeOption, SetOption
+from tokenloom.cli_options import (
+    ConfigArgument,
+    DeviceOption,
+    ResumeOption,
+    SetOption,
+    add_training,
+    print_trained,
+)
 from tokenloom.cli_options import device_of as _device
 from tokenloom.errors import TokenloomError
 from tokenloom.models import DEFAULT_MODEL, bundled, resolve
@@ -37,6 +45,7 @@ _STOPPED = {
     "train-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-mask-tokenizer": "Stopped. The last checkpoint is kept: go on with --resume latest.",
     "train-segmentation": "Stopped. The last checkpoint is kept: go on with --resume latest.",
+    "benchmark": "Stopped. Nothing was written.",
     "evaluate": "Stopped. The parts that were done are in the report.",
 }
 
@@ -73,6 +82,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Build training data from published packages.")
 app.add_typer(data_app, name="data")
 cli_audio.add(app, data_app)
+cli_video.add(app, data_app)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Bundled name, folder, or hub id.")]
 
@@ -112,7 +122,7 @@ def generate(
     columns: Annotated[int | None, typer.Option(help="Pictures in a row of the sheet.")] = None,
     scale: Annotated[int, typer.Option(help="Repeat every pixel this often in both directions.")] = 1,
     decode: Annotated[
-        str, typer.Option(help="auto, cached or reference; all give the same pictures.")
+        str, typer.Option(help="auto, cached, compiled, parallel or reference: the same pictures.")
     ] = "auto",
     image: Annotated[Path | None, typer.Option(help="Picture to repaint in part.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is repainted.")] = None,
@@ -312,7 +322,7 @@ def doctor() -> None:
 
 @app.command("train-tokenizer")
 def train_tokenizer(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    config: ConfigArgument,
     resume: ResumeOption = None,
     changes: SetOption = [],  # noqa: B006
     init_from: Annotated[
@@ -321,23 +331,12 @@ def train_tokenizer(
     ] = None,
 ) -> None:
     """Train an image tokenizer."""
-    from tokenloom.training import run
-
     if init_from is not None:
         changes = [*changes, f"init_from={json.dumps(str(init_from))}"]
-    _OUT.print(f"trained: {run.train_tokenizer(config, resume=resume, overrides=changes)}", markup=False)
+    print_trained("train_tokenizer", config, resume, changes)
 
 
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    resume: ResumeOption = None,
-    changes: SetOption = [],  # noqa: B006
-) -> None:
-    """Train a generator."""
-    from tokenloom.training import run
-
-    _OUT.print(f"trained: {run.train_generator(config, resume=resume, overrides=changes)}", markup=False)
+add_training(app, "train", "train_generator", "Train a generator.")
 
 
 @app.command()
@@ -484,6 +483,7 @@ def demo(
 
 
 masks.add_commands(app, data_app)
+app.command()(benchmark)
 
 if __name__ == "__main__":
     app()

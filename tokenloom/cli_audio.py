@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tokenloom.cli_options import ERR, OUT, DeviceOption, ResumeOption, SetOption, device_of
+from tokenloom.cli_options import ERR, OUT, DeviceOption, add_training, device_of
 from tokenloom.errors import TokenloomError
 from tokenloom.models import INDEX_FILE, bundled, resolve
 
@@ -21,8 +21,8 @@ _PIPELINE = "AudioContinuationPipeline"
 def add(app: typer.Typer, data_app: typer.Typer) -> None:
     """Adds the commands to the program."""
     app.command("continue")(continue_sound)
-    app.command("train-codec")(train_codec)
-    app.command("train-continuation")(train_continuation)
+    add_training(app, "train-codec", "train_codec", "Train an audio codec.")
+    add_training(app, "train-continuation", "train_continuation", "Train a generator that continues sound.")
     app.command("evaluate-audio")(evaluate_audio)
     data_app.command("chorales")(chorales)
 
@@ -97,28 +97,6 @@ def continue_sound(
     )
     if plot is not None:
         OUT.print(plot_spectrograms({path.name: sound}, rate, plot, begin), markup=False)
-
-
-def train_codec(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    resume: ResumeOption = None,
-    changes: SetOption = [],  # noqa: B006
-) -> None:
-    """Train an audio codec."""
-    from tokenloom.training import run
-
-    OUT.print(f"trained: {run.train_codec(config, resume=resume, overrides=changes)}", markup=False)
-
-
-def train_continuation(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    resume: ResumeOption = None,
-    changes: SetOption = [],  # noqa: B006
-) -> None:
-    """Train a generator that continues sound."""
-    from tokenloom.training import run
-
-    OUT.print(f"trained: {run.train_continuation(config, resume=resume, overrides=changes)}", markup=False)
 
 
 def evaluate_audio(

@@ -12,7 +12,7 @@ import typer
 
 from tokenloom.cli_options import ERR as _ERR
 from tokenloom.cli_options import OUT as _OUT
-from tokenloom.cli_options import DeviceOption, ResumeOption, SetOption
+from tokenloom.cli_options import DeviceOption, add_training
 from tokenloom.cli_options import device_of as _device
 from tokenloom.errors import TokenloomError
 from tokenloom.models import resolve
@@ -26,8 +26,18 @@ if TYPE_CHECKING:
 def add_commands(app: typer.Typer, data_app: typer.Typer) -> None:
     """Adds the commands to the program and to its group `data`."""
     app.command()(segment)
-    app.command("train-mask-tokenizer")(train_mask_tokenizer)
-    app.command("train-segmentation")(train_segmentation)
+    add_training(
+        app,
+        "train-mask-tokenizer",
+        "train_mask_tokenizer",
+        "Train a mask tokenizer on the outlines of a referring pool.",
+    )
+    add_training(
+        app,
+        "train-segmentation",
+        "train_segmentation",
+        "Train a model that segments by phrase, or its baseline.",
+    )
     app.command("evaluate-segmentation")(evaluate_segmentation)
     data_app.command()(referring)
     data_app.command("referring-scenes")(referring_scenes)
@@ -70,28 +80,6 @@ def segment(
         )
     if overlay is not None:
         _OUT.print(media.save_image(segmentation.overlay(picture, masks), overlay), markup=False)
-
-
-def train_mask_tokenizer(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    resume: ResumeOption = None,
-    changes: SetOption = [],  # noqa: B006
-) -> None:
-    """Train a mask tokenizer on the outlines of a referring pool."""
-    from tokenloom.training import run
-
-    _OUT.print(f"trained: {run.train_mask_tokenizer(config, resume=resume, overrides=changes)}", markup=False)
-
-
-def train_segmentation(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    resume: ResumeOption = None,
-    changes: SetOption = [],  # noqa: B006
-) -> None:
-    """Train a model that segments by phrase, or its baseline."""
-    from tokenloom.training import run
-
-    _OUT.print(f"trained: {run.train_segmentation(config, resume=resume, overrides=changes)}", markup=False)
 
 
 def referring(

@@ -157,11 +157,11 @@ def rope_table(
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor], halves: bool = False) -> Tensor:
-    """Rotates pairs of the last axis of (B, h, N, d) by the (N, d / 2) cosines and sines.
+    """Rotates pairs of the last axis of (B, h, N, d) by the (N, d / 2) or (B, N, d / 2) cosines and sines.
 
     Pairs are neighbours, or with `halves` one entry of the first half and one of the second.
     """
-    cos, sin = (table.to(x.dtype) for table in rope)
+    cos, sin = (table.to(x.dtype).unsqueeze(-3) for table in rope)
     if halves:
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -225,6 +225,7 @@ class Attention(nn.Module):
         context has no positions, so there it turns queries alone.
         """
         query, key, value = self._project(x, context)
+        kind = value.dtype  # a store may hold another number format
         if rope is not None:
             query = apply_rope(query, rope, self.halves)
             key = key if self.cross else apply_rope(key, rope, self.halves)
@@ -234,7 +235,7 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=self.kv_heads != self.heads
         )
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(mixed.transpose(1, 2).flatten(2).to(kind))
 
 
 class MLP(nn.Module):

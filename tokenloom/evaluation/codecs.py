@@ -268,7 +268,7 @@ def _webp_payload(data: bytes) -> int:
 
 
 def _avif_payload(data: bytes) -> int:
-    """Bytes of AV1 frame (6), frame-header (3) and tile-group (4) units inside the media-data box."""
+    """Bytes of AV1 frames inside the media-data box."""
     position = 0
     while data[position + 4 : position + 8] != b"mdat":
         size = int.from_bytes(data[position : position + 4], "big")
@@ -276,8 +276,12 @@ def _avif_payload(data: bytes) -> int:
             raise ValueError("no media data")
         position += size
     end = position + (int.from_bytes(data[position : position + 4], "big") or len(data) - position)
-    position += 8
-    total = 0
+    return av1_frame_bytes(data[position + 8 : end])
+
+
+def av1_frame_bytes(data: bytes) -> int:
+    """Bytes of AV1 frame (6), frame-header (3) and tile-group (4) units in a row of units."""
+    position, end, total = 0, len(data), 0
     while position < end:
         header = data[position]
         kind, has_extension, has_size = (header >> 3) & 15, (header >> 2) & 1, (header >> 1) & 1

@@ -7,7 +7,7 @@ Legend: B samples, N positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
 from tokenloom.generators.conditions import Condition, Given
+from tokenloom.generators.order import Order
 from tokenloom.generators.sampling import Guidance, Sampling
 
 if TYPE_CHECKING:
@@ -62,6 +63,24 @@ class Run:
     stepper: Stepper
     kept: tuple[Tensor, Tensor] | None
     on_step: Callable[[Step], None] | None
+
+    def scales(self, order: Order) -> list[float]:
+        """The guidance scale of every step of an order."""
+        last = max(1, order.num_steps - 1)
+        return [
+            self.guidance.at(step / last, step=step, made=place.start, count=place.stop - place.start)
+            for step, place in enumerate(order.slices)
+        ]
+
+    def rows(self, scales: list[float], committed: Sequence[int]) -> list[int]:
+        """How many samples each step runs: without the null half where neither it nor a later step needs it."""
+        if not self.guidance.enabled:
+            return [self.batch] * len(scales)
+        last = max((step for step, scale in enumerate(scales) if scale != 1), default=-1)
+        return [
+            self.batch * (2 if scale != 1 or (step < last and kept) else 1)
+            for step, (scale, kept) in enumerate(zip(scales, committed, strict=True))
+        ]
 
     def both(self, codes: Tensor) -> Tensor:
         """Codes (B, N) for all halves that run, (B or 2B, N)."""

@@ -22,6 +22,7 @@ from tokenloom.generators import decoding
 from tokenloom.generators.arguments import Run, Step, check_batch, check_codes, check_known, diagnose
 from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.orders import Order
+from tokenloom.generators.parallel.options import Parallel
 from tokenloom.generators.plans import RowPlan
 from tokenloom.generators.sampling import Guidance, Sampling, guide, sample_tokens
 from tokenloom.generators.token_table import TokenTable
@@ -184,13 +185,13 @@ class Generator(ModelMixin, ConfigMixin):
         """The same step by step: a function of (codes so far, step). It is made once a generation and may keep a state."""
 
         def feed(codes: Tensor, step: int) -> Tensor:
-            fed = self.plan.steps[step]
+            fed = self.plan.on(codes.device)[step]
             return self._embed(codes, fed.tokens, fed.learned, None if step else prefix)
 
         return feed
 
     def run_rows(self, x: Tensor, rows: Tensor, *, mask: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-        """Runs the transformer on embeddings (B, n, D) of row ids (n,); options as in `Transformer.forward`."""
+        """Runs the transformer on embeddings (B, n, D) of row ids (n,) or (B, n); options as in `Transformer.forward`."""
         rows = rows.to(x.device)
         rope = (self.rope_cos[rows], self.rope_sin[rows]) if self.transformer.config.rope else None
         return self.transformer(
@@ -204,18 +205,21 @@ class Generator(ModelMixin, ConfigMixin):
     def _head(self, hidden: Tensor, weights: Tensor, table: Tensor | None) -> Tensor:
         """Logits (B, m, V) of hidden states (J, B, m, D), weighted already; heads are added.
 
-        `weights` (J, m) mix the biases of the heads; `table` is the token table if it is the output matrix.
+        `weights` (J, m) or (J, B, m) mix the biases of the heads; `table` is the token table if it is the output matrix.
         """
         if table is not None:
             return F.linear(hidden.sum(0), table)
         if self.shared:
             return self.heads[0](hidden.sum(0))
+        if not self.head_bias:
+            logits = self.heads[0](hidden[0])
+            for part, head in zip(hidden[1:], self.heads[1:], strict=True):
+                logits = logits + head(part)
+            return logits
         outputs = [head.get_parameter("weight") for head in self.heads]
         logits = torch.stack([F.linear(part, out) for part, out in zip(hidden, outputs, strict=True)]).sum(0)
-        if not self.head_bias:
-            return logits
         biases = torch.stack([head.get_parameter("bias") for head in self.heads])
-        return logits + weights.to(biases).T @ biases
+        return logits + weights.to(biases).movedim(0, -1) @ biases
 
     def _collect(self, taps: tuple[Tensor, ...], sources: Tensor, weights: Tensor) -> Tensor:
         """Weighted hidden states (J, B, m, D) at the source rows (J, m) of each head."""
@@ -314,7 +318,7 @@ class Generator(ModelMixin, ConfigMixin):
         known: Tensor | None = None,
         keep: Tensor | None = None,
         on_step: Callable[[Step], None] | None = None,
-        decode: str = "auto",
+        decode: str | Parallel = "auto",
     ) -> Tensor:
         """Generates codes.
 
@@ -328,7 +332,7 @@ class Generator(ModelMixin, ConfigMixin):
             known: LongTensor (B, N), codes to keep.
             keep: BoolTensor (B, N) or (N,), where to keep them; the rest is generated.
             on_step: Called after each step with a `Step`.
-            decode: "auto", "reference" or "cached"; all give the same codes.
+            decode: "auto", "reference", "cached", "compiled", "parallel", a `Parallel`: the same codes; or "compiled-int8".
 
         Returns:
             LongTensor (B, N) in layout order.
@@ -336,43 +340,43 @@ class Generator(ModelMixin, ConfigMixin):
         Raises:
             TokenloomError: For bad arguments, or if the model produces logits that are not finite.
         """
-        condition, batch = check_batch(self.condition, condition, batch_size, self.device)
-        limits = (-self.special, self.vocab_size)
-        kept = check_known(known, keep, batch, self.plan.predicted, limits, self.device)
-        noise_seeds = as_seeds(seeds, batch, self.device)
-        strength = Guidance.of(guidance)
-        prefix, visible = self._prefix(condition, batch, self.device), self.condition.visible(condition)
+        limits, device = (-self.special, self.vocab_size), self.device
+        condition, batch = check_batch(self.condition, condition, batch_size, device)
+        kept = check_known(known, keep, batch, self.plan.predicted, limits, device)
+        noise_seeds, strength = as_seeds(seeds, batch, device), Guidance.of(guidance)
+        prefix, visible = self._prefix(condition, batch, device), self.condition.visible(condition)
         if strength.enabled:
-            null = self.condition.null(batch, self.device)
+            null = self.condition.null(batch, device)
             if condition is not None:
-                null = self.condition.null_like(condition, self.device)
-            prefix = torch.cat((prefix, self._prefix(null, batch, self.device)))
+                null = self.condition.null_like(condition, device)
+            prefix = torch.cat((prefix, self._prefix(null, batch, device)))
             visible = None if visible is None else visible.repeat(2, 1)
-        stepper = decoding.make(decode, self, prefix, visible)
-        return self._run(
-            Run(batch, noise_seeds, strength, sampling or Sampling(), prefix, stepper, kept, on_step)
-        )
+        stepper = decoding.make(decode, self, prefix, visible, strength.enabled)
+        run = Run(batch, noise_seeds, strength, sampling or Sampling(), prefix, stepper, kept, on_step)
+        return decoding.run(self, run)
 
     def _run(self, run: Run) -> Tensor:
         """Codes (B, N): one step of the plan after the other. Paradigms that revisit positions have their own loop."""
         feed, order, table, kept = self._feed(run.prefix), self.order, self._table(), run.kept
         codes = torch.zeros(run.batch, order.layout.size, dtype=torch.long, device=self.device)
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
-        for index, step in enumerate(self.plan.steps):
-            progress = index / max(1, order.num_steps - 1)
-            taps = run.stepper(feed(run.both(codes), index), index) if len(step.rows) else ()
-            positions = step.positions.to(codes.device)
+        scales = run.scales(order)
+        samples = run.rows(scales, self.plan.committed)
+        for index, step in enumerate(self.plan.on(codes.device)):
+            sampling = run.sampling.at(index / max(1, order.num_steps - 1))
+            taps = (
+                run.stepper(feed(run.both(codes), index)[: samples[index]], index) if len(step.rows) else ()
+            )
+            positions = step.positions
             ids = torch.zeros_like(codes[:, positions])
-            if bool(step.weights.any()):
-                made = order.slices[index].start
-                scale = run.guidance.at(progress, step=index, made=made, count=len(positions))
-                hidden = self._guide(self._collect(taps, step.sources, step.weights), scale, run.batch)
-                logits = self._head(hidden, step.weights, table)
-                ids = self._sample(logits, run.seeds, positions, run.sampling.at(progress), index)
+            if step.predicts:
+                hidden = self._collect(taps, step.sources, step.weights)
+                logits = self._head(self._guide(hidden, scales[index], run.batch), step.weights, table)
+                ids = self._sample(logits, run.seeds, positions, sampling, index)
             if kept is not None:
                 ids = torch.where(kept[1][:, positions], kept[0][:, positions], ids)
             codes[:, positions] = ids
-            committed[step.positions] = True
+            committed[self.plan.steps[index].positions] = True
             if run.on_step is not None:
                 run.on_step(Step(index, order.num_steps, codes, committed.clone()))
         return codes

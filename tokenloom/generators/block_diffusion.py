@@ -7,13 +7,14 @@ block, `passes` forwards each; the first one also writes the block before into t
 
 Every pass draws all undecided positions and keeps the surest of them, an equal share a pass. With one pass this is
 next-block prediction with queries; with blocks of one position it is next-token prediction, which is where block growth
-starts (`grow`): the same weights train on blocks of 1, 2, 4, ... positions.
+starts (`grow`): the same weights train on blocks of 1, 2, 4, ... positions. `decode="parallel"` makes the same tokens in fewer
+forwards (`tokenloom/generators/drafts.py`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -24,12 +25,15 @@ from torch import Tensor
 from tokenloom.errors import TokenloomError, check_options, unknown_name
 from tokenloom.generators.base import Generator, Run, Step
 from tokenloom.generators.conditions import Given
+from tokenloom.generators.drafts import Canvas, Forwards, check_drafts, denoise, draft_plan
 from tokenloom.generators.orders import Order
+from tokenloom.generators.parallel.options import Parallel
 from tokenloom.generators.plans import RowPlan, query_plan
 from tokenloom.generators.reveal import REVEALS, confidence_score, random_score, surest
 from tokenloom.generators.sampling import Sampling
 
 CONTEXTS = ("causal", "block")
+DRAFTS = 3
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class BlockDiffusionGenerator(Generator):
     """
 
     rule: DiffusionRule
+    drafts = 0  # guesses a forward
+    forwards: Forwards | None = None  # where they are counted
 
     def make_rule(self, options: dict[str, Any]) -> DiffusionRule:
         """A `DiffusionRule`."""
@@ -127,21 +133,20 @@ class BlockDiffusionGenerator(Generator):
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
-    def _block_rows(self, codes: Tensor, shown: Tensor, positions: Tensor) -> Tensor:
-        """Rows (B, m, D) of a block: the tokens of (B, N) where `shown`, a learned vector elsewhere."""
-        positions = positions.to(codes.device)
-        nothing = positions[:0]
-        unknown = self._embed(codes, nothing, torch.zeros(1, dtype=torch.long), None)
-        tokens = self._embed(codes, positions, nothing, None)
-        return torch.where(shown[:, positions, None], tokens, unknown)
+    def _block_rows(self, codes: Tensor, shown: Tensor) -> Tensor:
+        """Rows (B, m, D) of a block: the tokens of (B, m) where `shown`, a learned vector elsewhere."""
+        places = torch.arange(codes.shape[1])
+        unknown = self._embed(codes, places[:0], torch.zeros(1, dtype=torch.long), None)
+        tokens = self._embed(codes, places, places[:0], None)
+        return torch.where(shown[..., None], tokens, unknown)
 
     def _noisy_inputs(self, codes: Tensor, shown: Tensor, prefix: Tensor) -> Tensor:
         """Embeddings (B, R, D) of all rows, for teacher forcing."""
         position, query = self.plan.position, self.plan.query
         none = torch.zeros(0, dtype=torch.long)
-        clean = position[(position >= 0) & ~query]
+        clean, asked = position[(position >= 0) & ~query], position[query].to(codes.device)
         before = self._embed(codes, clean, none, prefix) if len(clean) else prefix
-        return torch.cat((before, self._block_rows(codes, shown, position[query])), dim=1)
+        return torch.cat((before, self._block_rows(codes[:, asked], shown[:, asked])), dim=1)
 
     # ---- teacher forcing --------------------------------------------------------------------------------------------
 
@@ -216,77 +221,107 @@ class BlockDiffusionGenerator(Generator):
     # ---- generation -------------------------------------------------------------------------------------------------
 
     def generate(
-        self, condition: Given | None = None, *, passes: int | None = None, **options: Any
+        self,
+        condition: Given | None = None,
+        *,
+        passes: int | None = None,
+        decode: str | Parallel = "auto",
+        drafts: int | None = None,
+        forwards: Forwards | None = None,
+        **options: Any,
     ) -> Tensor:
         """Generates codes; see `Generator.generate`.
 
         Args:
             condition: Batch of conditions; `None` is the null condition.
             passes: Forwards a block; `None` is `rule_config["passes"]`.
+            decode: As for every generator, or "parallel": the passes to come are guessed, and a forward checks several of
+                them; the same codes in fewer forwards.
+            drafts: Guesses a forward of "parallel"; `None` is 3. A forward computes this many blocks more.
+            forwards: Receives how many forwards were made.
             **options: As for every generator.
         """
-        if passes is None:
-            return super().generate(condition, **options)
+        if drafts is not None and decode != "parallel":
+            raise TokenloomError(f'drafts needs decode="parallel", got decode={decode!r}.')
         other = copy.copy(self)  # the same weights; only the plan differs
-        other.rule = replace(self.rule, passes=passes)
-        other.plan = other.make_plan(self.order, self.condition.length, bool(self.config["causal_prefix"]))
-        return other.generate(condition, **options)
+        other.forwards = forwards
+        if passes is not None:
+            other.rule = replace(self.rule, passes=passes)
+            other.plan = other.make_plan(
+                self.order, self.condition.length, bool(self.config["causal_prefix"])
+            )
+        if decode == "parallel":
+            other.drafts = check_drafts(DRAFTS if drafts is None else drafts)
+            other.plan, decode = draft_plan(other.plan, other.drafts), "cached"
+        return super(BlockDiffusionGenerator, other).generate(condition, decode=decode, **options)
 
     def _run(self, run: Run) -> Tensor:
-        """Pass after pass. The noise is that of (seed, position + N pass), so that every draw is a new one."""
-        order, size = self.order, self.order.layout.size
-        codes = torch.zeros(run.batch, size, dtype=torch.long, device=self.device)
-        shown = torch.zeros_like(codes, dtype=torch.bool)
-        visits: Sequence[int] = self.plan.visits or ()
-        turn, unknown = 0, torch.zeros(run.batch, 1, dtype=torch.long, device=self.device)
-        for index, (step, block) in enumerate(zip(self.plan.steps, visits, strict=True)):
-            turn = turn + 1 if index and visits[index - 1] == block else 0
-            positions = step.positions.to(codes.device)
-            if turn == 0:
-                if run.kept is not None:
-                    shown[:, positions] = run.kept[1][:, positions]
-                    codes[:, positions] = (run.kept[0] * run.kept[1])[:, positions]
-                unknown = (~shown[:, positions]).sum(1, keepdim=True)
-            logits = self._pass(run, index, codes, shown)
-            sampling = run.sampling.at(block / max(1, order.num_steps - 1))
-            counter, last = positions + size * turn, index + 1 == len(visits) or visits[index + 1] != block
-            turns = visits.count(block)
-            ids = self._sample(logits, run.seeds, counter, sampling, index)
-            score = self._score(logits, ids, run, counter, sampling, 1 - (turn + 1) / turns)
-            hidden = ~shown[:, positions]
-            chosen = surest(score, hidden, unknown * (turns - 1 - turn) // turns)
-            codes[:, positions] = torch.where(chosen, ids, codes[:, positions])
-            shown[:, positions] = ~hidden | chosen
-            if last and run.on_step is not None:
+        """Block after block, each by `denoise`."""
+        order, visits = self.order, self.plan.visits or ()
+        forwards = Forwards() if self.forwards is None else self.forwards
+        forwards.reset(run.batch, self.device)
+        codes = torch.zeros(run.batch, order.layout.size, dtype=torch.long, device=self.device)
+        known, shown = (codes, torch.zeros_like(codes, dtype=torch.bool)) if run.kept is None else run.kept
+        for block, place in enumerate(order.slices):
+            positions = order.permutation[place].to(codes.device)
+            start = Canvas((known * shown)[:, positions], shown[:, positions])
+            first, turns = visits.index(block), min(self.rule.passes, len(positions))
+            last = first + visits.count(block) - 1
+
+            def forward(turn: int, canvases: list[Canvas], first: int = first, last: int = last) -> Tensor:
+                return self._pass(run, min(first + turn, last), codes, canvases)
+
+            reveal = self._revealer(run, block, start, turns)
+            codes[:, positions] = denoise(start, turns, self.drafts, forward, reveal, forwards).codes
+            if run.on_step is not None:
                 run.on_step(Step(block, order.num_steps, codes, order.step <= block))
         return codes
 
-    def _pass(self, run: Run, index: int, codes: Tensor, shown: Tensor) -> Tensor:
-        """Guided logits (B, m, V) of the block of a feed."""
+    def _pass(self, run: Run, index: int, codes: Tensor, canvases: list[Canvas]) -> Tensor:
+        """Guided logits (B, c m, V) of c canvases of the block of a feed; `codes` (B, N) hold the blocks before."""
         step, order = self.plan.steps[index], self.order
         block = (self.plan.visits or ())[index]
-        codes, shown = run.both(codes), run.both(shown)
-        rows = [self._block_rows(codes, shown, step.positions)]
+        rows = [self._block_rows(run.both(canvas.codes), run.both(canvas.shown)) for canvas in canvases]
         if len(step.tokens) or not index:
             none = torch.zeros(0, dtype=torch.long)
-            rows.insert(0, self._embed(codes, step.tokens, none, None if index else run.prefix))
+            rows.insert(0, self._embed(run.both(codes), step.tokens, none, None if index else run.prefix))
         taps = run.stepper(torch.cat(rows, dim=1), index)
+        place = order.slices[block]
         scale = run.guidance.at(
             block / max(1, order.num_steps - 1),
             step=block,
-            made=order.slices[block].start,
-            count=len(step.positions),
+            made=place.start,
+            count=place.stop - place.start,
         )
         hidden = self._guide(self._collect(taps, step.sources, step.weights), scale, run.batch)
         return self._head(hidden, step.weights, self._table())
 
+    def _revealer(
+        self, run: Run, block: int, start: Canvas, turns: int
+    ) -> Callable[[Canvas, Tensor, Tensor], Canvas]:
+        """What a pass does to a canvas. The noise is that of (seed, position + N pass), so that every draw is a new one."""
+        order = self.order
+        positions = order.permutation[order.slices[block]].to(start.codes.device)
+        sampling = run.sampling.at(block / max(1, order.num_steps - 1))
+        unknown = (~start.shown).sum(1, keepdim=True)
+
+        def reveal(canvas: Canvas, logits: Tensor, turn: Tensor) -> Canvas:
+            counter = positions + order.layout.size * turn
+            ids = self._sample(logits, run.seeds, counter, sampling, block)
+            score = self._score(logits, ids, run, counter, sampling, 1 - (turn + 1) / turns)
+            chosen = surest(score, ~canvas.shown, unknown * (turns - 1 - turn) // turns)
+            return Canvas(torch.where(chosen, ids, canvas.codes), canvas.shown | chosen)
+
+        return reveal
+
     def _score(
-        self, logits: Tensor, ids: Tensor, run: Run, counter: Tensor, sampling: Sampling, fading: float
+        self, logits: Tensor, ids: Tensor, run: Run, counter: Tensor, sampling: Sampling, fading: Tensor
     ) -> Tensor:
         """How early a drawn id (B, m) shall stay, (B, m)."""
         if self.rule.reveal == "order":
             return -torch.arange(ids.shape[1], device=ids.device).expand_as(ids).float()
         if self.rule.reveal == "random":
             return random_score(run.seeds, counter % self.order.layout.size)
-        strength = self.rule.choice_temperature * fading if sampling.temperature != 0 else 0.0
+        noisy = self.rule.choice_temperature != 0 and sampling.temperature != 0
+        strength = self.rule.choice_temperature * fading if noisy else 0.0
         return confidence_score(logits, ids + self.special, run.seeds, counter, strength)

@@ -63,6 +63,10 @@ class Cache:
         self.layers = [CacheLayer(self, keys, values) for keys, values in buffers]
         self.length = 0
 
+    def reset(self) -> None:
+        """Forgets every row; the buffers stay."""
+        self.length = 0
+
     def commit(self, rows: int) -> None:
         """Keeps the first `rows` of the rows written last."""
         self.length += rows

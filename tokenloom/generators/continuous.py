@@ -9,7 +9,7 @@ Legend: B samples, N positions, C channels, D width, P prefix rows, n positions 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,9 @@ class Denoising:
         solver: Name of a solver; each generator says which it has. Empty means its default.
         temperature: Factor of the noise that is added on the way, not of the noise a token starts from (as published
             for MAR); at least 0. Deterministic solvers add none.
+        clip: Bound of the clean values predicted on the way, which are clipped to -clip .. clip (`clip_sample` of
+            diffusers); `None` does not clip, as published. Where a network was trained little, the largest magnitude of
+            its training latents stops errors at the first, noisiest times from growing.
 
     Raises:
         TokenloomError: For values outside these ranges.
@@ -64,6 +67,7 @@ class Denoising:
     steps: int = 50
     solver: str = ""
     temperature: float = 1.0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -71,6 +75,12 @@ class Denoising:
         if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
             raise TokenloomError(
                 f"The temperature of denoising is a number from 0 up, got {self.temperature!r}."
+            )
+        if self.clip is not None and not (
+            isinstance(self.clip, (int, float)) and 0 < self.clip < float("inf")
+        ):
+            raise TokenloomError(
+                f"The clip of denoising is a number above 0, or None for none, got {self.clip!r}."
             )
 
     @classmethod
@@ -82,12 +92,14 @@ class Denoising:
             if value != Sampling(value.temperature) or callable(value.temperature):
                 raise TokenloomError(
                     "Continuous tokens are not drawn from a softmax: top_k, top_p and schedules do not apply. "
-                    "Pass Denoising(steps, solver, temperature)."
+                    "Pass Denoising(steps, solver, temperature, clip)."
                 )
-            return cls(default.steps, default.solver, value.temperature)
+            return replace(default, temperature=value.temperature)
         if not isinstance(value, cls):
-            raise TokenloomError(f"sampling must be Denoising(steps, solver, temperature), got {value!r}.")
-        return cls(value.steps, value.solver or default.solver, value.temperature)
+            raise TokenloomError(
+                f"sampling must be Denoising(steps, solver, temperature, clip), got {value!r}."
+            )
+        return replace(value, solver=value.solver or default.solver)
 
     def check(self, solvers: tuple[str, ...]) -> None:
         """Raises unless `solver` is one of these."""

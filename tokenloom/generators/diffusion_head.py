@@ -74,11 +74,11 @@ class Process:
         kept = self.total.to(clean.device)[at]
         return _rows(kept.sqrt(), clean) * clean + _rows((1 - kept).sqrt(), clean) * noise
 
-    def mean(self, noisy: Tensor, noise: Tensor, at: Tensor | int) -> Tensor:
-        """Mean of the value before, given a value and the noise predicted in it."""
+    def mean(self, noisy: Tensor, noise: Tensor, at: Tensor | int, clip: float | None = None) -> Tensor:
+        """Mean of the value before, given a value and the noise predicted in it; `clip` bounds the clean token."""
         total = self.total.to(noisy.device)[at]
         clean = _rows(total.rsqrt(), noisy) * noisy - _rows((1 / total - 1).sqrt(), noisy) * noise
-        return self.mean_of(clean, noisy, at)
+        return self.mean_of(clean if clip is None else clean.clamp(-clip, clip), noisy, at)
 
     def mean_of(self, clean: Tensor, noisy: Tensor, at: Tensor | int) -> Tensor:
         """Mean of the value before, given a value and the clean token: q(x_(t-1) | x_t, x_0)."""
@@ -305,7 +305,14 @@ class DiffusionHead(nn.Module):
         return loss.unflatten(0, clean.shape[:2])
 
     def step(
-        self, x: Tensor, z: Tensor, tables: Process, at: int, noise: Tensor, mix: Mix | None = None
+        self,
+        x: Tensor,
+        z: Tensor,
+        tables: Process,
+        at: int,
+        noise: Tensor,
+        mix: Mix | None = None,
+        clip: float | None = None,
     ) -> Tensor:
         """One step of a draw, from kept time `at` to the one before (DDPM).
 
@@ -316,12 +323,13 @@ class DiffusionHead(nn.Module):
             at: Index of the kept time, steps - 1 first and 0 last.
             noise: (B, n, C), times the temperature; unused at the last step.
             mix: Guidance: noise predicted by both halves, (2B, n, C), to (B, n, C).
+            clip: Bound of the clean token that the predicted noise stands for.
         """
         both = x if mix is None else x.repeat(2, 1, 1)
         times = tables.times[at].to(x.device).expand(1, 1)
         output = self.network(both.to(z.dtype), times, z).float()
         guess, rest = output[..., : x.shape[-1]], output[: len(x), :, x.shape[-1] :]
-        mean = tables.mean(x, guess if mix is None else mix(guess), at)
+        mean = tables.mean(x, guess if mix is None else mix(guess), at, clip)
         if at == 0:
             return mean
         low, high = float(tables.small[at]), float(tables.large[at])

@@ -85,6 +85,18 @@ class FlowODE:
         return self.scheduler.step(velocity, self.scheduler.timesteps[index], x, return_dict=False)[0]
 
 
+def clip_data(x: Tensor, velocity: Tensor, time: float, clip: float | None) -> Tensor:
+    """The velocity whose predicted data, x - time * velocity, lies within -clip .. clip; `None` leaves it as it is.
+
+    Args:
+        x: State at `time`, any shape.
+        velocity: Predicted velocity, shaped like `x`.
+        time: In (0, 1].
+        clip: The bound, above 0.
+    """
+    return velocity if clip is None else (x - (x - time * velocity).clamp(-clip, clip)) / time
+
+
 SOLVERS = ("sde", "euler", "heun")
 
 

@@ -154,7 +154,7 @@ def _draw(
         if head.whole_map:
             x = torch.where(free, x, tables.add_noise(fixed, first, at))
         fresh = run.noise(places, offset + way.steps - at) * way.temperature if at else first
-        x = head.step(x, z, tables, at, fresh, _mixer(scale) if guided else None)
+        x = head.step(x, z, tables, at, fresh, _mixer(scale) if guided else None, way.clip)
     return x
 
 

@@ -28,7 +28,7 @@ from tokenloom.generators.continuous import (
     LatentNoise,
     LatentStep,
 )
-from tokenloom.generators.flow import SOLVERS, make_solver
+from tokenloom.generators.flow import SOLVERS, clip_data, make_solver
 from tokenloom.generators.orders import Order
 from tokenloom.generators.plans import cell_plan
 from tokenloom.generators.sampling import Guidance, Sampling, guide
@@ -284,7 +284,7 @@ class NextCellGenerator(ContinuousGenerator):
             batch_size: Number of samples where there is no condition.
             guidance: Classifier-free guidance `u + g (c - u)` of velocities; g is a function of the cell. A cell with
                 g = 1 runs the conditional half alone.
-            sampling: `Denoising(steps, solver, temperature)` with the solver "sde" (default, 50 steps), "euler" or
+            sampling: `Denoising(steps, solver, temperature, clip)` with the solver "sde" (default, 50 steps), "euler" or
                 "heun".
             seeds: One seed a sample; an int s means s, s + 1, ...; `None` draws fresh ones.
             noise: float (K, B, N, C) in layout order, recorded noise in place of that of the seeds: draw 0 is what a
@@ -342,6 +342,7 @@ class NextCellGenerator(ContinuousGenerator):
         for turn, time in enumerate(solver.times):
             x = torch.where(keep, (1 - time) * known + time * start, x)
             velocity = self._guided_velocity(run, x, index, time, scale)
+            velocity = clip_data(x, velocity, time, run.sampling.clip)
             x = solver.step(x, velocity, turn, lambda draw: run.noise(positions, draw))
         self._check_finite(x, index)
         return torch.where(keep, known, x)

@@ -50,10 +50,10 @@ class RangedTokenGenerator(NextTokenGenerator):
         return super().make_plan(order, prefix, causal_prefix)
 
     def possible(self, positions: Tensor) -> Tensor:
-        """BoolTensor (n, V): which codes may stand at layout indices (n,)."""
+        """BoolTensor (..., n, V): which codes may stand at layout indices (..., n)."""
         limits = self.rule.to(positions.device)[positions]
         codes = torch.arange(self.vocab_size, device=positions.device)
-        return (codes >= limits[:, :1]) & (codes < limits[:, 1:])
+        return (codes >= limits[..., :1]) & (codes < limits[..., 1:])
 
     def logits(self, codes: Tensor, condition: Given | None = None) -> Tensor:
         """As for every generator; -inf for codes that cannot stand at a position."""

@@ -18,7 +18,7 @@ REVEAL_NOISE_ID = 0xFFFFFFFE  # vocabulary id reserved for choosing positions; n
 
 
 def confidence_score(
-    logits: Tensor, ids: Tensor, seeds: Tensor, counter: Tensor, strength: float = 0.0
+    logits: Tensor, ids: Tensor, seeds: Tensor, counter: Tensor, strength: float | Tensor = 0.0
 ) -> Tensor:
     """Log-probability of the drawn ids, plus Gumbel noise.
 
@@ -26,20 +26,20 @@ def confidence_score(
         logits: (B, n, V).
         ids: LongTensor (B, n), the drawn ids.
         seeds: LongTensor (B,).
-        counter: LongTensor (n,), what the noise of each position depends on beside the seed.
-        strength: Factor of the noise; 0 for none.
+        counter: LongTensor (n,) or (B, n), what the noise of each position depends on beside the seed.
+        strength: Factor of the noise, or one a sample (B, 1); 0 for none.
 
     Returns:
         float32 (B, n); the largest first.
     """
     confidence = logits.float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-    if strength == 0:
+    if not isinstance(strength, Tensor) and strength == 0:
         return confidence
     return confidence + strength * gumbel(seeds[:, None], counter, REVEAL_NOISE_ID)
 
 
 def random_score(seeds: Tensor, places: Tensor) -> Tensor:
-    """A random sequence for every seed, float32 (B, n)."""
+    """A random sequence of the places (n,) or (B, n) for every seed, float32 (B, n)."""
     return noise(seeds[:, None], places, REVEAL_NOISE_ID)
 
 

@@ -9,8 +9,9 @@ Legend: P prefix rows, N tokens, R rows in all, S steps, J heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class StepRows:
         sources: LongTensor (J, m), the place among the fed rows that predicts each position at each head.
         weights: float32 (J, m).
         positions: LongTensor (m,), the layout indices predicted.
+        predicts: Whether any row predicts them; where not, they have to be known.
     """
 
     rows: Tensor
@@ -42,6 +44,16 @@ class StepRows:
     sources: Tensor
     weights: Tensor
     positions: Tensor
+    predicts: bool = True
+
+    def to(self, device: torch.device) -> StepRows:
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            item.name: value.to(device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +105,18 @@ class RowPlan:
         """One `StepRows` a feed."""
         return tuple(self._step(index) for index in range(len(self.feeds)))
 
+    @cached_property
+    def _moved(self) -> dict[torch.device, tuple[StepRows, ...]]:
+        return {}
+
+    def on(self, device: torch.device) -> tuple[StepRows, ...]:
+        """`steps` on a device, moved once, so that a generation copies nothing to it between steps."""
+        if device.type == "cpu":
+            return self.steps
+        if device not in self._moved:
+            self._moved[device] = tuple(step.to(device) for step in self.steps)
+        return self._moved[device]
+
     def _step(self, step: int) -> StepRows:
         place = self.order.slices[step if self.visits is None else self.visits[step]]
         rows = self.feeds[step]
@@ -112,6 +136,7 @@ class RowPlan:
             sources=sources.clamp(min=0),
             weights=weights,
             positions=self.order.permutation[place],
+            predicts=bool(weights.any()),
         )
 
     @property
@@ -151,7 +176,7 @@ class RowPlan:
         if visible is None:
             return mask
         prefix, device = visible.shape[1], visible.device
-        full = torch.ones(len(rows), columns, dtype=torch.bool) if mask is None else mask
+        full = torch.ones(len(rows), columns, dtype=torch.bool, device=device) if mask is None else mask
         own = rows.to(device)[:, None] == torch.arange(prefix, device=device)
         full = full.to(device).repeat(len(visible), 1, 1)
         full[:, :, :prefix] &= visible[:, None] | own

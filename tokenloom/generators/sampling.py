@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +30,7 @@ _NUCLEUS = ("descending", "ascending")
 # Masses are summed in float64; differences below this are rounding, so that a sum that equals the threshold in exact
 # arithmetic is treated alike everywhere.
 _MASS_TOLERANCE = 1e-9
+_LATER = threading.local()
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,20 @@ class Sampling:
             threshold = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
             logits = logits.masked_fill(logits < threshold, -torch.inf)
         return _apply_nucleus(logits, (logits - best).div_(_divisor(temperature)), top_p, self.nucleus)
+
+
+@contextmanager
+def checks_later(flags: list[Tensor]) -> Iterator[None]:
+    """Inside, draws of this thread do not wait for the device to look for unusable logits.
+
+    Args:
+        flags: Takes one bool tensor () a draw, false where logits were unusable; look at them when all is done.
+    """
+    _LATER.flags = flags
+    try:
+        yield
+    finally:
+        _LATER.flags = None
 
 
 def sample_tokens(
@@ -210,6 +227,10 @@ def _checked(logits: Tensor, check: bool) -> tuple[Tensor, Tensor]:
         )
     logits = logits.float()
     best = logits.amax(-1, keepdim=True)  # NaN and +inf spread to the maximum of their row
+    later = getattr(_LATER, "flags", None)
+    if check and later is not None:
+        later.append(best.isfinite().all())
+        check = False
     if check and not bool(best.isfinite().all()):
         bad = ~best.isfinite()
         row = bad.nonzero()[0, :-1].tolist()

@@ -17,6 +17,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "SegmentationPipeline": "segmentation",
         "TextToImageOutput": "text_to_image",
         "TextToImagePipeline": "text_to_image",
+        "VideoOutput": "video",
+        "VideoPipeline": "video",
         "reconstruct_image": "reconstruction",
     },
 )

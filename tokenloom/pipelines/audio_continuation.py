@@ -238,7 +238,7 @@ class AudioContinuationPipeline(Pipeline):
         frames = job.prompt.shape[2] // hop
         first = max(0, frames - job.back - _WARM_FRAMES)
         heard = job.prompt[:, :, first * hop : frames * hop] * job.gain
-        codes = self.tokenizer.encode(heard.to(device), num_codebooks=self.window[1])
+        codes = self.awake(self.tokenizer).encode(heard.to(device), num_codebooks=self.window[1])
         return codes[:, :, -job.back :]
 
     def _pieces(
@@ -248,7 +248,7 @@ class AudioContinuationPipeline(Pipeline):
         context = self._context(job) if context is None else context
         rest = job.prompt.shape[2] % self.tokenizer.hop_length
         needed = self.tokenizer.num_frames(rest + job.samples)
-        decoder = AudioStream(self.tokenizer)
+        decoder = AudioStream(self.awake(self.tokenizer))
         with torch.no_grad():
             heard = decoder.decode(context.to(self._execution_device)).float().cpu() / job.gain
         joint = Joint(job.prompt, heard, rest, job.samples, self.tokenizer.sample_rate)
@@ -264,7 +264,7 @@ class AudioContinuationPipeline(Pipeline):
 
         def generate(known: Tensor, keep: Tensor, number: int, on_step: Callable[[Any], None]) -> None:
             seeds = job.seeds + torch.tensor(number) * _GOLDEN  # wraps around
-            self.generator.generate(
+            self.awake(self.generator).generate(
                 batch_size=len(known),
                 sampling=job.rule,
                 seeds=seeds.to(device),

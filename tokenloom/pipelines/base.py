@@ -6,6 +6,7 @@ Knows diffusers' pipeline folders. Knows nothing of prompts, media or what the c
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,9 @@ from tokenloom.errors import TokenloomError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+logger = logging.getLogger(__name__)
 
 
 def register_library() -> None:
@@ -48,6 +52,25 @@ class Pipeline(DiffusionPipeline):
         super().__init__()
         register_library()
         self.card: dict[str, Any] = {}
+
+    def awake(self, component: Any) -> Any:
+        """The component, on the device where it shall run.
+
+        The hooks of `enable_model_cpu_offload` move a component when its `forward` is called; ours are called by other
+        names (`generate`, `encode`, `decode`), so that a call has to wake them.
+        """
+        hook = getattr(component, "_hf_hook", None)
+        if hook is not None and hasattr(hook, "pre_forward"):
+            hook.pre_forward(component)
+        return component
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        """Offloads whole components, as `enable_model_cpu_offload`.
+
+        Layer by layer, every weight would have to be moved again at every step of a generation.
+        """
+        logger.warning("Components are offloaded as a whole: a generation needs all layers at every step.")
+        self.enable_model_cpu_offload(gpu_id=gpu_id, device=device)
 
     @classmethod
     def from_pretrained(

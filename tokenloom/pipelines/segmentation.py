@@ -26,6 +26,7 @@ from torch import Tensor
 from tokenloom import media
 from tokenloom.errors import TokenloomError, unknown_name
 from tokenloom.generators.conditions import PictureWords
+from tokenloom.generators.parallel import Parallel
 from tokenloom.generators.ranged import RangedTokenGenerator
 from tokenloom.generators.sampling import Guidance, Sampling
 from tokenloom.pipelines import inputs
@@ -173,7 +174,7 @@ class SegmentationPipeline(Pipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | Sequence[int] | None = None,
-        decode: str = "auto",
+        decode: str | Parallel = "auto",
         output_type: str = "pt",
         return_dict: bool = True,
     ) -> SegmentationOutput:
@@ -189,7 +190,7 @@ class SegmentationPipeline(Pipeline):
             top_k: Only the k likeliest codes; 0 for all. Default: the preset.
             top_p: Only the likeliest codes of this total probability. Default: the preset.
             seed: As for `TextToImagePipeline`; it matters if the temperature is above 0. Default: 0.
-            decode: "auto", "cached" or "reference".
+            decode: "auto", "cached", "parallel" (or a `Parallel`) or "reference".
             output_type: "pt", "np" (bool arrays), "pil" (pictures of mode "1"), or "codes".
             return_dict: False gives the tuple (masks, scores, boxes, codes).
 
@@ -220,7 +221,7 @@ class SegmentationPipeline(Pipeline):
             empty = torch.zeros(count, self.answers.levels, dtype=torch.long)
             known = self.answers.join(self._inside(given, picture.size), side, empty).to(device)
             keep = torch.arange(self.answers.length, device=device) < BOX
-        answers = self.generator.generate(
+        answers = self.awake(self.generator).generate(
             condition,
             guidance=rule,
             sampling=sampler,
@@ -267,7 +268,9 @@ class SegmentationPipeline(Pipeline):
             if float(output.scores[index]) < threshold:
                 continue
             codes = output.codes[index : index + 1]
-            mask = self.tokenizer.decode(codes, mask_tokens, (height, width), output="mask")[0].cpu()
+            mask = (
+                self.awake(self.tokenizer).decode(codes, mask_tokens, (height, width), output="mask")[0].cpu()
+            )
             factor = max(height, width) / max(output.size)
             results.append({"mask": mask, "score": output.scores[index], "box": output.boxes[index] * factor})
         return results
@@ -324,7 +327,7 @@ class SegmentationPipeline(Pipeline):
     def _render(
         self, codes: Tensor, count: int | None, size: tuple[int, int], kind: str
     ) -> Tensor | np.ndarray | list[Image.Image]:
-        masks = self.tokenizer.decode(codes, count, size, output="mask").cpu()
+        masks = self.awake(self.tokenizer).decode(codes, count, size, output="mask").cpu()
         if kind == "pt":
             return masks
         arrays = masks.numpy()

@@ -24,25 +24,19 @@ from PIL import Image
 from torch import Tensor
 
 from tokenloom import media
-from tokenloom.errors import TokenloomError, unknown_name
+from tokenloom.errors import TokenloomError
 from tokenloom.generators.base import Generator
-from tokenloom.generators.sampling import Guidance, Sampling, Schedule
+from tokenloom.generators.parallel import Parallel
+from tokenloom.generators.sampling import Guidance, Schedule
 from tokenloom.pipelines import inputs
 from tokenloom.pipelines.base import Pipeline
+from tokenloom.pipelines.preset import check_preset, merge_settings, read_prompts
 from tokenloom.tokenizers.image import ImageTokenizer
-from tokenloom.tokenizers.text import WordTokenizer, split_words
+from tokenloom.tokenizers.text import WordTokenizer
 
 logger = logging.getLogger(__name__)
 
 StepCallback = Callable[[Any, int, int, dict[str, Any]], Any]
-
-_GUIDANCE_KEYS = {
-    "guidance_scale": "scale",
-    "guidance_schedule": "schedule",
-    "guidance_start": "start",
-    "guidance_interval": "interval",
-}
-_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "nucleus")
 
 
 @dataclass
@@ -91,10 +85,7 @@ class TextToImagePipeline(Pipeline):
         sampling: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        preset = dict(sampling or {})
-        for key in preset:
-            if key not in _GUIDANCE_KEYS and key not in _SAMPLING_KEYS:
-                raise unknown_name("sampling setting", key, [*_GUIDANCE_KEYS, *_SAMPLING_KEYS])
+        preset = check_preset(sampling)
         if tokenizer.vocab_size != generator.vocab_size or tokenizer.layout != generator.order.layout:
             raise TokenloomError(
                 f"The tokenizer makes {tokenizer.layout} of {tokenizer.vocab_size} codes, but the generator was built "
@@ -120,7 +111,7 @@ class TextToImagePipeline(Pipeline):
         mask_image: Image.Image | str | Path | None = None,
         known: Tensor | None = None,
         keep: Tensor | None = None,
-        decode: str = "auto",
+        decode: str | Parallel = "auto",
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -144,7 +135,8 @@ class TextToImagePipeline(Pipeline):
                 tokens pass through the image tokenizer, so kept pixels are its reconstruction.
             known: Codes (N,), (1, N) or (B, N), an alternative to `image`.
             keep: Which of `known` to keep, bool of the same shape.
-            decode: "auto", "cached" or "reference"; all give the same codes.
+            decode: "auto", "cached", "compiled", "parallel" (or a `Parallel`) or "reference", which all give the same
+                codes, or "compiled-int8". The progress bar of the compiled ones stands still where no callback is given.
             output_type: "pil", "np", "pt" or "codes".
             return_dict: False gives the tuple (images, codes, seeds).
             callback_on_step_end: `callback(pipe, step_index, timestep, callback_kwargs)`, after every step; `timestep`
@@ -163,7 +155,14 @@ class TextToImagePipeline(Pipeline):
         inputs.check_choice("output_type", output_type, inputs.OUTPUT_TYPES)
         for key in callback_on_step_end_tensor_inputs:
             inputs.check_choice("callback_on_step_end_tensor_inputs entry", key, inputs.TENSOR_INPUTS)
-        rule, sampler = self._settings(guidance_scale, guidance, temperature, top_k, top_p)
+        rule, sampler = merge_settings(
+            self.config["sampling"],
+            guidance_scale,
+            guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
         batch = len(prompts) * count
         seeds = inputs.make_seeds(seed, generator, batch)
         known, keep = self._prepare_known(image, mask_image, known, keep, batch)
@@ -177,14 +176,15 @@ class TextToImagePipeline(Pipeline):
                     self._report(step, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
             device = self._execution_device
-            codes = self.generator.generate(
+            reported = callback_on_step_end is not None or not str(decode).startswith("compiled")
+            codes = self.awake(self.generator).generate(
                 words.to(device),
                 guidance=rule,
                 sampling=sampler,
                 seeds=seeds.to(device),
                 known=known,
                 keep=keep,
-                on_step=on_step,
+                on_step=on_step if reported else None,  # a recorded generation has no steps to report
                 decode=decode,
             )
         images = self._render(codes, output_type)
@@ -196,49 +196,7 @@ class TextToImagePipeline(Pipeline):
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Returns word ids, LongTensor (len(prompts), T), and warns of words that the model cannot read."""
-        for text in prompts:
-            shown = text if len(text) <= 60 else f"{text[:57]}..."
-            unknown = self.text_tokenizer.unknown(text)
-            if unknown:
-                listed = ", ".join(repr(word[:40]) for word in unknown[:8])
-                more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-                logger.warning("The model does not know %s%s in the prompt %r.", listed, more, shown)
-            length, limit = len(split_words(text)), self.text_tokenizer.max_length
-            if length > limit:
-                logger.warning(
-                    "The prompt %r has %d words; the model reads the first %d.", shown, length, limit
-                )
-            elif length == 0:
-                logger.warning("The prompt %r has no word that the model reads; any picture may come.", shown)
-        return self.text_tokenizer(prompts)
-
-    def _settings(
-        self,
-        guidance_scale: float | None,
-        guidance: Guidance | Schedule | None,
-        temperature: float | Schedule | None,
-        top_k: int | Schedule | None,
-        top_p: float | Schedule | None,
-    ) -> tuple[Guidance, Sampling]:
-        """Merges the arguments of a call over the preset of the model."""
-        preset = self.config["sampling"]
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        options = {key: preset[key] for key in _SAMPLING_KEYS if key in preset}
-        options.update({key: value for key, value in given.items() if value is not None})
-        sampler = Sampling(**options)
-        if guidance is not None:
-            if guidance_scale is not None:
-                raise TokenloomError(
-                    "Expected either guidance_scale or guidance, got both. Leave one of them out."
-                )
-            return Guidance.of(guidance), sampler
-        rule = {name: preset[key] for key, name in _GUIDANCE_KEYS.items() if key in preset}
-        if "interval" in rule:
-            rule["interval"] = tuple(rule["interval"])
-        if guidance_scale is not None:
-            rule["scale"] = guidance_scale
-        off = guidance_scale == 1  # also where the preset ramps up from another scale
-        return Guidance() if off else Guidance(**rule), sampler
+        return read_prompts(self.text_tokenizer, prompts, logger, "picture")
 
     def _prepare_known(
         self,
@@ -269,7 +227,7 @@ class TextToImagePipeline(Pipeline):
             pixels, keep = inputs.prepare_inpainting(
                 image, mask_image, cast("int", self.tokenizer.image_size), (rows, columns)
             )
-            known = self.tokenizer.encode(pixels.to(self._execution_device, self.tokenizer.dtype))
+            known = self.awake(self.tokenizer).encode(pixels.to(self._execution_device, self.tokenizer.dtype))
         if known is None or keep is None:
             return None, None
         return self._spread("known", known, batch), self._spread("keep", keep, batch).bool()
@@ -299,13 +257,16 @@ class TextToImagePipeline(Pipeline):
         size = cast("int", self.tokenizer.image_size)  # pictures are square
         white = torch.ones(1, 3, size, size, device=codes.device, dtype=self.tokenizer.dtype)
         with torch.no_grad():
-            filled = torch.where(committed.to(codes.device), codes, self.tokenizer.encode(white))
-            return media.to_pil(self.tokenizer.decode(filled))
+            tokenizer = self.awake(self.tokenizer)
+            filled = torch.where(committed.to(codes.device), codes, tokenizer.encode(white))
+            pictures = media.to_pil(tokenizer.decode(filled))
+        self.awake(self.generator)  # the generation goes on
+        return pictures
 
     def _render(self, codes: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "codes":
             return codes
-        pixels = self.tokenizer.decode(codes)  # (B, 3, H, W) in [-1, 1]
+        pixels = self.awake(self.tokenizer).decode(codes)  # (B, 3, H, W) in [-1, 1]
         if output_type == "pil":
             return media.to_pil(pixels)
         unit = (pixels.float() + 1) / 2

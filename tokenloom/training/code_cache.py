@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tokenloom.tokenizers.base import Tokenizer
 from tokenloom.tokenizers.image import ImageTokenizer
 from tokenloom.tokenizers.pixels import rescale
 from tokenloom.training.augment import augment
@@ -51,20 +52,21 @@ def cached_codes(tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorCon
 
 def _fingerprint(tokenizer: ImageTokenizer, pixels: Tensor, config: GeneratorConfig) -> str:
     """32 hexadecimal digits of everything the codes depend on."""
-    settings = [
-        asdict(config.augment),
-        config.views,
-        config.loop.seed,
-        type(tokenizer).__name__,
-        dict(tokenizer.config),
-    ]
+    settings = [asdict(config.augment), config.views, config.loop.seed, weights_digest(tokenizer)]
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     found.update(f"{tuple(pixels.shape)}".encode())
     found.update(pixels.contiguous().numpy().data)
+    return found.hexdigest()[:32]
+
+
+def weights_digest(tokenizer: Tokenizer) -> str:
+    """A text that is another for tokenizers of another class, configuration or weights."""
+    settings = [type(tokenizer).__name__, dict(tokenizer.config)]
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         found.update(name.encode())
         found.update(value.detach().float().cpu().contiguous().numpy().data)
-    return found.hexdigest()[:32]
+    return found.hexdigest()
 
 
 @torch.no_grad()

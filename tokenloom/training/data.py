@@ -8,6 +8,7 @@ from tokenloom.data.dataset import ImageCaptionFolder
 from tokenloom.errors import TokenloomError
 from tokenloom.tokenizers.image import ImageTokenizer
 from tokenloom.tokenizers.registry import load_tokenizer
+from tokenloom.tokenizers.video import VideoTokenizer
 from tokenloom.training.config import DataConfig
 
 
@@ -42,7 +43,7 @@ def open_tokenizer(folder: str) -> ImageTokenizer:
     return tokenizer
 
 
-def square_side(tokenizer: ImageTokenizer) -> int:
+def square_side(tokenizer: ImageTokenizer | VideoTokenizer) -> int:
     """Side of the square pictures that a tokenizer trains on.
 
     Raises:

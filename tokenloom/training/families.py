@@ -91,7 +91,11 @@ def build_order(name: str, layout: Layout, options: Mapping[str, Any]) -> Order:
 
 
 def build_generator(
-    name: str, tokenizer: Tokenizer, condition: dict[str, Any], options: Mapping[str, Any]
+    name: str,
+    tokenizer: Tokenizer,
+    condition: dict[str, Any],
+    options: Mapping[str, Any],
+    layout: Layout | None = None,
 ) -> Generator:
     """A generator of the codes of a tokenizer.
 
@@ -100,6 +104,7 @@ def build_generator(
         tokenizer: Names the layout and the vocabulary; a pyramid of scales is copied from it.
         condition: `condition_config` of the generator.
         options: "order", "order_options", "transformer" (fields of `TransformerConfig`), and arguments of the generator.
+        layout: Layout of the codes where it is not that of the tokenizer, for instance of clips of another length.
 
     Raises:
         TokenloomError: For an unknown name or option, or if the generator does not fit the tokenizer.
@@ -121,7 +126,7 @@ def build_generator(
     rule = dict(kind.rule) | (NextScaleGenerator.rule_for(pyramid) if scaled else {})
     if rule or "rule_config" in rest:
         rest["rule_config"] = rule | (rest.get("rule_config") or {})
-    order = build_order(name, tokenizer.layout, options)
+    order = build_order(name, layout or tokenizer.layout, options)
     generator = kind.cls(
         order_config=order.to_config(),
         vocab_size=tokenizer.vocab_size,

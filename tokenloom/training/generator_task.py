@@ -66,7 +66,7 @@ class GeneratorTask(Task):
         self._grow(0)
         self.module = self.generator.train()
 
-    def _held_out(self) -> list[tuple[Tensor, Tensor]]:
+    def _held_out(self) -> list[tuple[Tensor, Tensor | None]]:
         """Batches of codes and words of at most `_HELD_OUT` pictures of the held-out split, evenly spread."""
         if self.config.held_out is None:
             return []
@@ -84,7 +84,8 @@ class GeneratorTask(Task):
             return {}
         device, total = self.generator.device, 0.0
         for codes, words in self.unseen:
-            total += len(codes) * float(self.generator.loss(codes.to(device), words.to(device)))
+            given = None if words is None else words.to(device)
+            total += len(codes) * float(self.generator.loss(codes.to(device), given))
         return {"held_out": total / sum(len(codes) for codes, _ in self.unseen)}
 
     def _build(self) -> Generator:

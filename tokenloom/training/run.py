@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from tokenloom.training.audio_config import CodecConfig, ContinuationConfig
 from tokenloom.training.config import GeneratorConfig, LoopConfig, TokenizerConfig, load_config
 from tokenloom.training.loop import Task, Trainer
 from tokenloom.training.segmentation_config import MaskTokenizerConfig, SegmentationConfig
+from tokenloom.training.video_config import VideoConfig, VideoTokenizerConfig
 
 
-def _train(task: Task, loop: LoopConfig, output: str, resume: str | None) -> Path:
+class _Settings(Protocol):
+    @property
+    def loop(self) -> LoopConfig: ...
+
+    @property
+    def output(self) -> str: ...
+
+
+S = TypeVar("S", bound=_Settings)
+
+
+def run_task(task: Task, loop: LoopConfig, output: str, resume: str | None) -> Path:
+    """Runs a task to its end, from a checkpoint if `resume` names one; returns the folder of the model."""
     trainer = Trainer(task, loop, output)
     if resume:
         trainer.resume(resume)
     trainer.run()
     return Path(output) / "model"
+
+
+def _train(
+    kind: type[S],
+    make: Callable[[S], Task],
+    config: str | Path,
+    resume: str | None,
+    overrides: list[str] | None,
+) -> Path:
+    """Reads a config of a kind, makes the task of it and runs that."""
+    settings = load_config(kind, config, overrides)
+    return run_task(make(settings), settings.loop, settings.output, resume)
 
 
 def train_tokenizer(
@@ -33,8 +60,7 @@ def train_tokenizer(
     """
     from tokenloom.training.tokenizer_task import TokenizerTask
 
-    settings = load_config(TokenizerConfig, config, overrides)
-    return _train(TokenizerTask(settings), settings.loop, settings.output, resume)
+    return _train(TokenizerConfig, TokenizerTask, config, resume, overrides)
 
 
 def train_generator(
@@ -52,8 +78,7 @@ def train_generator(
     """
     from tokenloom.training.generator_task import GeneratorTask
 
-    settings = load_config(GeneratorConfig, config, overrides)
-    return _train(GeneratorTask(settings), settings.loop, settings.output, resume)
+    return _train(GeneratorConfig, GeneratorTask, config, resume, overrides)
 
 
 def train_mask_tokenizer(
@@ -71,8 +96,7 @@ def train_mask_tokenizer(
     """
     from tokenloom.training.mask_tokenizer_task import MaskTokenizerTask
 
-    settings = load_config(MaskTokenizerConfig, config, overrides)
-    return _train(MaskTokenizerTask(settings), settings.loop, settings.output, resume)
+    return _train(MaskTokenizerConfig, MaskTokenizerTask, config, resume, overrides)
 
 
 def train_segmentation(
@@ -90,8 +114,7 @@ def train_segmentation(
     """
     from tokenloom.training.segmentation_task import make_task
 
-    settings = load_config(SegmentationConfig, config, overrides)
-    return _train(make_task(settings), settings.loop, settings.output, resume)
+    return _train(SegmentationConfig, make_task, config, resume, overrides)
 
 
 def train_codec(config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None) -> Path:
@@ -107,8 +130,7 @@ def train_codec(config: str | Path, *, resume: str | None = None, overrides: lis
     """
     from tokenloom.training.codec_task import CodecTask
 
-    settings = load_config(CodecConfig, config, overrides)
-    return _train(CodecTask(settings), settings.loop, settings.output, resume)
+    return _train(CodecConfig, CodecTask, config, resume, overrides)
 
 
 def train_continuation(
@@ -126,5 +148,38 @@ def train_continuation(
     """
     from tokenloom.training.continuation_task import ContinuationTask
 
-    settings = load_config(ContinuationConfig, config, overrides)
-    return _train(ContinuationTask(settings), settings.loop, settings.output, resume)
+    return _train(ContinuationConfig, ContinuationTask, config, resume, overrides)
+
+
+def train_video_tokenizer(
+    config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None
+) -> Path:
+    """Trains the video tokenizer of a YAML config.
+
+    Args:
+        config: Path of the YAML file (see `VideoTokenizerConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained tokenizer.
+    """
+    from tokenloom.training.video_tokenizer_task import VideoTokenizerTask
+
+    return _train(VideoTokenizerConfig, VideoTokenizerTask, config, resume, overrides)  # type: ignore[arg-type]
+
+
+def train_video(config: str | Path, *, resume: str | None = None, overrides: list[str] | None = None) -> Path:
+    """Trains the generator of a YAML config on the codes of clips.
+
+    Args:
+        config: Path of the YAML file (see `VideoConfig`).
+        resume: "latest" or a checkpoint folder.
+        overrides: Changes such as "loop.steps=200".
+
+    Returns:
+        Folder of the trained pipeline.
+    """
+    from tokenloom.training.video_task import VideoTask
+
+    return _train(VideoConfig, VideoTask, config, resume, overrides)

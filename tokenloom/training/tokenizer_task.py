@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, check_options
 from tokenloom.media import save_image, sheet, to_pil
-from tokenloom.tokenizers.image import ImageTokenizer
 from tokenloom.tokenizers.pixels import rescale
 from tokenloom.tokenizers.registry import tokenizer_class
 from tokenloom.training.augment import augment
@@ -45,11 +44,11 @@ class TokenizerTask(Task):
     def __init__(self, config: TokenizerConfig) -> None:
         self.config = config
         set_seed(config.loop.seed)
-        self.tokenizer = _make(config)
+        self.tokenizer = self._tokenizer()
+        _weigh_entropy(self.tokenizer, config.loss.entropy)
         self.frozen = freeze(self.tokenizer, config.freeze, self.tokenizer.parts)
         self.module = self.tokenizer.train()
-        self.pixels = open_folder(config.data, square_side(self.tokenizer)).stack()
-        self.size = len(self.pixels)
+        self.size = self._open_data()
         self.statistics = CodeStatistics(self.tokenizer.layout, self.tokenizer.vocab_size)
         loss = config.loss
         self.perceptual = (
@@ -59,6 +58,20 @@ class TokenizerTask(Task):
         self.lecam = LeCam() if loss.lecam else None
         self.critic: nn.Module | None = None  # the discriminator, as accelerate wraps it
         self.outputs: Tensor | None = None
+
+    def _tokenizer(self) -> Any:
+        """The tokenizer of the config, new or from a folder."""
+        config = self.config
+        if config.init_from:
+            return open_tokenizer(config.init_from)
+        kind = tokenizer_class(config.tokenizer)
+        check_options(kind, config.model, "model option")
+        return kind(**config.model)
+
+    def _open_data(self) -> int:
+        """Reads the training pictures and returns how many there are."""
+        self.pixels = open_folder(self.config.data, square_side(self.tokenizer)).stack()
+        return len(self.pixels)
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Moves the extra networks and prepares the discriminator's optimizer."""
@@ -151,23 +164,15 @@ class TokenizerTask(Task):
         self.tokenizer.save_pretrained(folder)
 
 
-def _make(config: TokenizerConfig) -> ImageTokenizer:
-    """The tokenizer of a config, new or from a folder."""
-    if config.init_from:
-        tokenizer = open_tokenizer(config.init_from)
-    else:
-        kind = tokenizer_class(config.tokenizer)
-        check_options(kind, config.model, "model option")
-        tokenizer = kind(**config.model)
-    if config.loss.entropy is not None:
-        owners: list[Any] = [
-            part for part in tokenizer.quantizer.modules() if hasattr(part, "entropy_weight")
-        ]
-        if not owners:
-            raise TokenloomError(
-                f"loss.entropy needs a quantizer with an entropy loss (vq, lfq, bsq), not "
-                f"{type(tokenizer.quantizer).__name__}; take the key away."
-            )
-        for part in owners:
-            part.entropy_weight = config.loss.entropy
-    return tokenizer
+def _weigh_entropy(tokenizer: Any, weight: float | None) -> None:
+    """Puts a weight in the place of that of the quantizer's entropy loss, unless it is `None`."""
+    if weight is None:
+        return
+    owners: list[Any] = [part for part in tokenizer.quantizer.modules() if hasattr(part, "entropy_weight")]
+    if not owners:
+        raise TokenloomError(
+            f"loss.entropy needs a quantizer with an entropy loss (vq, lfq, bsq), not "
+            f"{type(tokenizer.quantizer).__name__}; take the key away."
+        )
+    for part in owners:
+        part.entropy_weight = weight

@@ -8,7 +8,8 @@ calls it several times and commits once. Knows nothing of sampling or guidance.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -16,6 +17,11 @@ from tokenloom.errors import unknown_name
 from tokenloom.generators.decoding.cached import CachedStepper
 from tokenloom.generators.decoding.reference import ReferenceStepper
 from tokenloom.generators.decoding.rows import RowModel
+from tokenloom.generators.memory import check_memory
+from tokenloom.generators.parallel.options import Parallel
+
+if TYPE_CHECKING:
+    from tokenloom.generators.arguments import Run
 
 
 class Stepper(Protocol):
@@ -38,15 +44,64 @@ class Stepper(Protocol):
         ...
 
 
+def _compiled(generator: RowModel, prefix: Tensor, visible: Tensor | None) -> Stepper:
+    from tokenloom.generators.compiled import CompiledStepper
+
+    return CompiledStepper.of(generator, prefix, visible)
+
+
+def _compiled_int8(generator: RowModel, prefix: Tensor, visible: Tensor | None) -> Stepper:
+    from tokenloom.generators.compiled import CompiledStepper
+
+    return CompiledStepper.of(generator, prefix, visible, int8=True)
+
+
+def _parallel(generator: RowModel, prefix: Tensor, visible: Tensor | None, options: Parallel | str) -> Any:
+    from tokenloom.generators.parallel.stepper import ParallelStepper  # it imports the arguments of a run
+
+    return ParallelStepper(generator, prefix, visible, options)
+
+
 RUNGS: dict[str, Callable[[RowModel, Tensor, Tensor | None], Stepper]] = {
     "reference": ReferenceStepper,
     "cached": CachedStepper,
+    "compiled": _compiled,
+    "compiled-int8": _compiled_int8,
 }
 
 
-def make(name: str, generator: RowModel, prefix: Tensor, visible: Tensor | None = None) -> Stepper:
-    """Builds the rung of a name for one generation; "auto" is the fastest one."""
-    chosen = "cached" if name == "auto" else name
-    if chosen not in RUNGS:
-        raise unknown_name("decode rung", name, ["auto", *RUNGS])
-    return RUNGS[chosen](generator, prefix, visible)
+def make(
+    name: str | Parallel,
+    generator: RowModel,
+    prefix: Tensor,
+    visible: Tensor | None = None,
+    guided: bool | None = None,
+) -> Stepper:
+    """Builds the rung of a name for one generation; "auto" is `cached`.
+
+    Args:
+        name: A name of `RUNGS`, "auto", "parallel", or a `Parallel` with options.
+        generator: The generator.
+        prefix: Prefix rows (B, P, D) of all halves.
+        visible: Which of them may be looked at, (B, P), or `None`.
+        guided: Whether half of them is the null half, for generators whose memory is estimated; `None`: no estimate.
+
+    Raises:
+        TokenloomError: For an unknown name, or if the generation does not fit into memory.
+    """
+    build: Callable[[RowModel, Tensor, Tensor | None], Stepper]
+    if isinstance(name, Parallel) or name == "parallel":
+        build = partial(_parallel, options=name)
+    elif name in ("auto", *RUNGS):
+        build = RUNGS["cached" if name == "auto" else name]
+    else:
+        raise unknown_name("decode rung", name, ["auto", *RUNGS, "parallel"])
+    if guided is not None:
+        check_memory(generator, max(1, len(prefix) // (2 if guided else 1)), guided)
+    return build(generator, prefix, visible)
+
+
+def run(generator: Any, run: Run) -> Tensor:
+    """Codes (B, N) of a generation: by the generator's own loop, or by what the rung makes of it."""
+    whole = getattr(run.stepper, "run", None)
+    return generator._run(run) if whole is None else whole(generator, run)

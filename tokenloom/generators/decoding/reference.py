@@ -27,12 +27,12 @@ class ReferenceStepper:
         visible = None if self.visible is None else self.visible[:batch]
         mask = self.plan.mask_for(visible, rows, len(rows), self.plan.mask[rows][:, rows])
         inputs = torch.cat([*(part[:batch] for part in self.inputs), x], dim=1)
-        every = self.condition
+        every = None if self.condition is None else self.condition[:batch]
         if condition is not None:
             condition = condition.expand(-1, len(feed), -1)
             every = torch.cat([*(part[:batch] for part in self.conditions), condition], dim=1)
         taps = self.generator.run_rows(inputs, rows, mask=mask, condition=every)
-        if commit:
+        if commit and kept:  # steps that leave nothing may run other numbers of samples
             self.rows.append(feed[:kept])
             self.inputs.append(x[:, :kept])
             if condition is not None:
