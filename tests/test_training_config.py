@@ -29,8 +29,8 @@ RECIPES = [
     path
     for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
     if not path.stem.startswith(
-        ("chorales", "masks128")
-    )  # those of sound and masks have configs of their own
+        ("chorales", "masks128", "video64")
+    )  # those of sound, masks and clips have configs of their own
 ]
 MINIMAL = "output: out\ndata: {root: pictures}\n"
 

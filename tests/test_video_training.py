@@ -15,8 +15,10 @@ from referring_pools import write_pool
 from tokenloom import TokenloomError, VideoPipeline, VideoTokenizer
 from tokenloom.media_video import read_clip, save_clip
 from tokenloom.training.clip_source import FolderSource, MovingSource, open_clips
+from tokenloom.training.config import load_config
+from tokenloom.training.families import build_generator
 from tokenloom.training.run import train_video, train_video_tokenizer
-from tokenloom.training.video_config import ClipsConfig
+from tokenloom.training.video_config import ClipsConfig, VideoConfig, VideoTokenizerConfig
 
 TINY = {
     "image_size": 16,
@@ -36,6 +38,18 @@ LOOP = {
     "checkpoint_every": 3,
     "ema": 0.5,
 }
+
+
+def test_the_recipes_are_valid_and_build_models_of_one_layout() -> None:
+    folder = Path(__file__).parent.parent / "recipes"
+    settings = load_config(VideoTokenizerConfig, folder / "video64-tokenizer.yaml")
+    config = load_config(VideoConfig, folder / "video64-generator.yaml")
+    tokenizer = VideoTokenizer(**settings.model)
+    layout = tokenizer.layout_for(17, (64, 64))
+    words = {"kind": "words", "vocabulary": 100, "length": config.text.max_length}
+    generator = build_generator(config.generator, tokenizer, words, config.model, layout)
+    assert (layout.size, generator.order.num_steps) == (5 * 8 * 8, 5 * 8)
+    assert sum(p.numel() for model in (tokenizer, generator) for p in model.parameters()) < 5e6
 
 
 @pytest.fixture(scope="module")
