@@ -121,7 +121,7 @@ def test_sixteen_real_sequences_are_learned_by_heart(name: str) -> None:
     """Below 0.05 nats a token, then greedy decoding gives every code back, on both rungs."""
     family = FAMILIES[name]
     codes, labels = sequences(family.order.layout), torch.arange(COUNT)
-    assert len(codes.unique(dim=0)) == COUNT and len(codes.unique()) > 30
+    assert len(codes.unique(dim=0)) == COUNT and len(codes.unique()) > 20
     model = build(family, codes).train()
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=6e-3, weight_decay=0.0)

@@ -230,12 +230,14 @@ def test_learns_real_sequences_by_heart() -> None:
         for table in (model.condition.table, model.transformer.positions, model.tokens.codes):
             table.weight.normal_()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 160)
     losses = []
-    for _ in range(120):
+    for _ in range(160):
         loss = model(codes, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
     idle = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
     assert idle == [] and losses[0] > 8
