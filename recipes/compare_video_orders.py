@@ -27,8 +27,9 @@ from tokenloom.evaluation.tables import markdown_table, plain
 from tokenloom.evaluation.video_judge import VideoJudge
 from tokenloom.evaluation.video_report import measure_motion, measure_prompts, measure_speed
 from tokenloom.media import write_atomically
+from tokenloom.tokenizers.video import VideoTokenizer
+from tokenloom.training.data import open_model
 from tokenloom.training.run import train_video
-from tokenloom.training.video_tokenizer_task import open_video_tokenizer
 
 # Name in the table: name of the generator, options of the model.
 ORDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,7 +76,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     sizes = (
         ("steps", 1000),
         ("batch-size", 16),
-        ("width", 128),
+        ("width", 144),
         ("depth", 6),
         ("heads", 4),
         ("length", 8000),
@@ -97,7 +98,7 @@ def config_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The training config of an order."""
     generator, given = ORDERS[name]
     model = {key: dict(value) for key, value in given.items()}
-    layout = open_video_tokenizer(args.tokenizer).layout
+    layout = open_model(args.tokenizer, VideoTokenizer).layout
     _, rows, columns = layout.shape
     if model.get("order_options", {}).get("block") == "frame":
         model["order_options"]["block"] = [1, rows, columns]

@@ -15,8 +15,9 @@ from tokenloom import AudioContinuationPipeline, AudioTokenizer, TokenloomError
 from tokenloom.data.sounds import SoundFolder
 from tokenloom.layouts import Layout
 from tokenloom.training.audio_config import CodecConfig, ContinuationConfig
-from tokenloom.training.codec_task import CodecTask, open_codec
+from tokenloom.training.codec_task import CodecTask
 from tokenloom.training.config import from_dict, load_config
+from tokenloom.training.data import open_model
 from tokenloom.training.frame_families import FRAME_FAMILIES, Frames, build_frames
 from tokenloom.training.run import train_codec, train_continuation
 from tokenloom.training.sound_codes import sound_codes
@@ -110,7 +111,7 @@ def test_continuation_is_trained_and_saved_as_a_pipeline(desk):
 
 
 def test_codes_are_those_of_whole_sounds_and_come_back_from_the_cache(desk, monkeypatch):
-    codec = open_codec(str(desk / "codec" / "model"))
+    codec = open_model(str(desk / "codec" / "model"), AudioTokenizer)
     sounds = SoundFolder(desk / "tones", None, 8000)
     made = sound_codes(codec, sounds, 2, str(desk / "again"))
     assert torch.equal(made.codes[:, :100].long(), codec.encode(sounds.sound(0)[None], num_codebooks=2)[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,18 @@ class BuildReport:
     splits: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @classmethod
+    def of(cls, out: str | os.PathLike[str], captions: Sequence[Caption], started: float) -> BuildReport:
+        """Counts what was written into a folder since `started` (of `time.monotonic`)."""
+
+        def count(key: str) -> dict[str, int]:
+            return dict(Counter(value for item in captions if (value := getattr(item, key)) is not None))
+
+        counts = {
+            key: count(name) for key, name in (("styles", "style"), ("groups", "group"), ("splits", "split"))
+        }
+        return cls(Path(out).resolve(), len(captions), **counts, seconds=time.monotonic() - started)
+
 
 def build_emoji(
     out: str | os.PathLike[str],
@@ -105,14 +117,7 @@ def build_emoji(
         kept = Path(cache_dir) if cache_dir is not None else work / "packages"
         loader = Packages(kept, work / "unpacked", download)
         captions = _build(work, sources, loader, size=size, format=format, quality=quality, progress=progress)
-    return BuildReport(
-        folder=Path(out).resolve(),
-        pictures=len(captions),
-        styles=dict(Counter(str(caption.style) for caption in captions)),
-        groups=dict(Counter(str(caption.group) for caption in captions)),
-        splits=dict(Counter(str(caption.split) for caption in captions)),
-        seconds=time.monotonic() - started,
-    )
+    return BuildReport.of(out, captions, started)
 
 
 class Packages:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,13 +139,7 @@ def build_flare(
             raise TokenloomError(f"{PACKAGE} holds no frame tables of creatures; use version {VERSION}.")
         write_captions(work / "set", captions)
         (work / "set" / SOURCES_FILE).write_text(_sources(permission.holder), encoding="utf-8")
-    return BuildReport(
-        folder=Path(out).resolve(),
-        pictures=len(captions),
-        styles=dict(Counter(str(item.style) for item in captions)),
-        splits=dict(Counter(str(item.split) for item in captions)),
-        seconds=time.monotonic() - started,
-    )
+    return BuildReport.of(out, captions, started)
 
 
 def _clips(table: Path, target: Path, size: int, ground: str) -> Iterator[Caption]:

@@ -137,7 +137,6 @@ class MotionMaker:
                 f"The pool {str(pool.folder)!r} has no cut-outs for clips of the split {split!r}; take more motions or "
                 "categories, or a larger pool."
             )
-        self._pictures: dict[str, Image.Image] = {}
 
     def _allowed(self, name: str, motion: str) -> bool:
         if self.split not in (TRAIN, VAL_PAIR):
@@ -162,7 +161,7 @@ class MotionMaker:
         motion = rng.choice(allowed)
         ground, photograph = self._ground(rng)
         places = _path(motion, self.config, rng)  # (T, 4)
-        layers = self._layers(self._open(thing.file, "RGBA"), places, rng)
+        layers = self._layers(self.pool.picture(thing.file, "RGBA"), places, rng)
         alpha = layers[..., 3:] / np.float32(255)
         frames = ground * (1 - alpha) + layers[..., :3]  # premultiplied
         made: list[CutOut | Background] = [thing, *([photograph] if photograph else [])]
@@ -176,25 +175,13 @@ class MotionMaker:
             source=tuple((item.licence, item.source) for item in made),
         )
 
-    def _open(self, file: str, mode: str) -> Image.Image:
-        if file not in self._pictures:
-            try:
-                with Image.open(self.pool.folder / file) as picture:
-                    self._pictures[file] = picture.convert(mode)
-            except OSError as error:
-                raise TokenloomError(
-                    f"The picture {file!r} of the pool {str(self.pool.folder)!r} cannot be read ({error}); build the pool "
-                    "again."
-                ) from error
-        return self._pictures[file]
-
     def _ground(self, rng: random.Random) -> tuple[np.ndarray, Background | None]:
         """Background float32 (S, S, 3) or (1, 1, 3), and the photograph that it is a part of."""
         if rng.random() < self.config.plain:
             colour = [rng.uniform(0, 255) for _ in range(3)] if rng.random() < 0.8 else [255.0] * 3
             return np.array([[colour]], dtype=np.float32), None
         item = rng.choice(self.pool.backgrounds)
-        picture, size = self._open(item.file, "RGB"), self.config.size
+        picture, size = self.pool.picture(item.file, "RGB"), self.config.size
         side = min(picture.size) * rng.uniform(0.4, 1.0)
         left, top = rng.uniform(0, picture.width - side), rng.uniform(0, picture.height - side)
         box = (left, top, left + side, top + side)

@@ -11,7 +11,6 @@ import io
 import os
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -120,13 +119,7 @@ def build_photos(
                 captions.append(_caption(photo, file))
         write_captions(work / "set", captions)
         (work / "set" / SOURCES_FILE).write_text(_sources(photos), encoding="utf-8")
-    return BuildReport(
-        folder=Path(out).resolve(),
-        pictures=len(captions),
-        groups=dict(Counter(str(caption.group) for caption in captions)),
-        splits=dict(Counter(str(caption.split) for caption in captions)),
-        seconds=time.monotonic() - started,
-    )
+    return BuildReport.of(out, captions, started)
 
 
 def _photos(cache: Path, work: Path, fetch: Fetch, longest: int) -> Iterator[Photo]:

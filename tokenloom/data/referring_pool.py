@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class Pool:
     folder: Path
     cut_outs: tuple[CutOut, ...]
     backgrounds: tuple[Background, ...]
+    _pictures: dict[tuple[str, str], Image.Image] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Pool:
@@ -128,6 +129,22 @@ class Pool:
         cut_outs = _records(CutOut, content.get("cut_outs"), root, "cut_outs")
         backgrounds = _records(Background, content.get("backgrounds"), root, "backgrounds")
         return cls(root, tuple(cut_outs), tuple(backgrounds))
+
+    def picture(self, file: str, mode: str) -> Image.Image:
+        """A picture of the pool in a Pillow mode; it is read once.
+
+        Raises:
+            TokenloomError: If it cannot be read.
+        """
+        if (file, mode) not in self._pictures:
+            try:
+                with Image.open(self.folder / file) as picture:
+                    self._pictures[file, mode] = picture.convert(mode)
+            except OSError as error:
+                raise TokenloomError(
+                    f"The picture {file!r} of the pool {str(self.folder)!r} cannot be read ({error}); build the pool again."
+                ) from error
+        return self._pictures[file, mode]
 
     def part(self, split: str) -> Pool:
         """The cut-outs of one split, on the backgrounds of "train" or of "val".

@@ -121,7 +121,6 @@ class SceneMaker:
 
     def __init__(self, pool: Pool, split: str = "train", config: SceneConfig | None = None) -> None:
         self.pool, self.split, self.config = pool.part(split), split, config or SceneConfig()
-        self._pictures: dict[str, Image.Image] = {}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -169,21 +168,9 @@ class SceneMaker:
         """uint8 (S, S) instances of a scene of a seed, without painting the picture: for mask tokenizers."""
         return self._place(random.Random(f"masks {seed}"))[1]
 
-    def _open(self, file: str, mode: str) -> Image.Image:
-        if file not in self._pictures:
-            try:
-                with Image.open(self.pool.folder / file) as picture:
-                    self._pictures[file] = picture.convert(mode)
-            except OSError as error:
-                raise TokenloomError(
-                    f"The picture {file!r} of the pool {str(self.pool.folder)!r} cannot be read ({error}); build the pool "
-                    "again."
-                ) from error
-        return self._pictures[file]
-
     def _ground(self, rng: random.Random) -> tuple[Image.Image, bool]:
         item = rng.choice(self.pool.backgrounds)
-        picture, size = self._open(item.file, "RGB"), self.config.size
+        picture, size = self.pool.picture(item.file, "RGB"), self.config.size
         side = min(picture.size) * rng.uniform(0.4, 1.0)
         left, top = rng.uniform(0, picture.width - side), rng.uniform(0, picture.height - side)
         box = (left, top, left + side, top + side)
@@ -235,7 +222,7 @@ class SceneMaker:
         self, cut_out: CutOut, turned: bool, count: int, rng: random.Random
     ) -> tuple[Image.Image, str | None]:
         config = self.config
-        picture, colour = self._open(cut_out.file, "RGBA"), cut_out.colour
+        picture, colour = self.pool.picture(cut_out.file, "RGBA"), cut_out.colour
         if turned:
             picture = _turn_hue(picture, rng.randint(40, 215))
             colour = colour_of(picture)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,13 +92,7 @@ def build_video(
             captions += _freeze(target, MotionMaker(found, split, config), count, seed)
         if captions:
             write_captions(target, captions)
-    return BuildReport(
-        folder=Path(out).resolve(),
-        pictures=len(captions),
-        styles=dict(Counter(str(item.style) for item in captions)),
-        splits=dict(Counter(str(item.split) for item in captions)),
-        seconds=time.monotonic() - started,
-    )
+    return BuildReport.of(out, captions, started)
 
 
 def _freeze(target: Path, maker: MotionMaker, count: int, seed: int) -> list[Caption]:

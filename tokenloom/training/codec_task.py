@@ -16,14 +16,14 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from tokenloom.data.sounds import SoundFolder
-from tokenloom.errors import TokenloomError, check_options
+from tokenloom.errors import check_options
 from tokenloom.media import save_image
 from tokenloom.media_audio import save_audio
 from tokenloom.media_spectrogram import spectrogram_picture
 from tokenloom.tokenizers.audio import AudioTokenizer
-from tokenloom.tokenizers.registry import load_tokenizer
 from tokenloom.training.audio_config import CodecConfig, SoundConfig
 from tokenloom.training.audio_losses import MelLoss, SpectrumDiscriminator, feature_loss, stft_loss
+from tokenloom.training.data import open_model
 from tokenloom.training.loop import Task
 from tokenloom.training.losses import hinge_loss
 from tokenloom.training.statistics import CodeStatistics
@@ -37,7 +37,7 @@ class CodecTask(Task):
     def __init__(self, config: CodecConfig) -> None:
         self.config = config
         set_seed(config.loop.seed)
-        self.codec = open_codec(config.init_from) if config.init_from else _new(config.model)
+        self.codec = open_model(config.init_from, AudioTokenizer) if config.init_from else _new(config.model)
         self.module = self.codec.train()
         self.sounds = open_sounds(config.data, self.codec.sample_rate)
         hop = self.codec.hop_length
@@ -140,18 +140,6 @@ def open_sounds(config: SoundConfig, sample_rate: int) -> SoundFolder:
         licences=config.licences,
         cache=config.cache,
     )
-
-
-def open_codec(folder: str) -> AudioTokenizer:
-    """The codec that `train-codec` or `save_pretrained` wrote, with float32 weights.
-
-    Raises:
-        TokenloomError: If the folder holds something else.
-    """
-    codec = load_tokenizer(folder)
-    if not isinstance(codec, AudioTokenizer):
-        raise TokenloomError(f"{folder!r} holds a {type(codec).__name__}; expected an AudioTokenizer.")
-    return codec
 
 
 def _new(options: dict[str, Any]) -> AudioTokenizer:

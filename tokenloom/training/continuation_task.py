@@ -18,8 +18,10 @@ from tokenloom.media import save_image
 from tokenloom.media_audio import save_audio
 from tokenloom.media_spectrogram import spectrogram_picture
 from tokenloom.pipelines.audio_continuation import AudioContinuationPipeline
+from tokenloom.tokenizers.audio import AudioTokenizer
 from tokenloom.training.audio_config import ContinuationConfig
-from tokenloom.training.codec_task import open_codec, open_sounds
+from tokenloom.training.codec_task import open_sounds
+from tokenloom.training.data import open_model
 from tokenloom.training.frame_families import Frames, build_frames
 from tokenloom.training.loop import Task
 from tokenloom.training.sound_codes import sound_codes
@@ -33,7 +35,7 @@ class ContinuationTask(Task):
     def __init__(self, config: ContinuationConfig) -> None:
         self.config = config
         set_seed(config.loop.seed)
-        self.codec = open_codec(config.codec).eval()
+        self.codec = open_model(config.codec, AudioTokenizer).eval()
         self.codec.to(PartialState().device)
         self.sounds = open_sounds(config.data, self.codec.sample_rate)
         self.codes = sound_codes(self.codec, self.sounds, config.codebooks, config.code_cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
 
 from tokenloom.data.dataset import ImageCaptionFolder
@@ -10,6 +12,8 @@ from tokenloom.tokenizers.image import ImageTokenizer
 from tokenloom.tokenizers.registry import load_tokenizer
 from tokenloom.tokenizers.video import VideoTokenizer
 from tokenloom.training.config import DataConfig
+
+K = TypeVar("K")
 
 
 def open_folder(config: DataConfig, size: int) -> ImageCaptionFolder:
@@ -35,12 +39,23 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
+def open_model(folder: str, kind: type[K]) -> K:
+    """The tokenizer of a kind that a training or `save_pretrained` wrote, with float32 weights.
+
+    Raises:
+        TokenloomError: If the folder holds another one.
+    """
+    found = load_tokenizer(folder)
+    if not isinstance(found, kind):
+        raise TokenloomError(
+            f"{folder!r} holds a {type(found).__name__}; expected an {kind.__name__}. Name the folder of one, as its training wrote it."
+        )
+    return found
+
+
 def open_tokenizer(folder: str) -> ImageTokenizer:
-    """The image tokenizer of whichever class that `train-tokenizer` or `save_pretrained` wrote, with float32 weights."""
-    tokenizer = load_tokenizer(folder)
-    if not isinstance(tokenizer, ImageTokenizer):
-        raise TokenloomError(f"{folder!r} holds a {type(tokenizer).__name__}, which is no image tokenizer.")
-    return tokenizer
+    """The image tokenizer of whichever class in a folder."""
+    return open_model(folder, ImageTokenizer)
 
 
 def square_side(tokenizer: ImageTokenizer | VideoTokenizer) -> int:

@@ -34,11 +34,10 @@ from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.tokenizers.video import VideoTokenizer
 from tokenloom.training.clip_source import ClipSource, open_clips
 from tokenloom.training.code_cache import weights_digest
-from tokenloom.training.data import square_side
+from tokenloom.training.data import open_model, square_side
 from tokenloom.training.families import build_generator, family
 from tokenloom.training.generator_task import GeneratorTask
 from tokenloom.training.video_config import VideoConfig
-from tokenloom.training.video_tokenizer_task import open_video_tokenizer
 
 _HELD_OUT, _HELD_OUT_BATCH = 128, 16
 _ENCODED_AT_ONCE = 16
@@ -56,7 +55,7 @@ class VideoTask(GeneratorTask):
         family(config.generator)
         self.config = config
         set_seed(config.loop.seed)
-        self.tokenizer = open_video_tokenizer(config.tokenizer).eval()
+        self.tokenizer = open_model(config.tokenizer, VideoTokenizer).eval()
         self.tokenizer.to(PartialState().device)
         self.frames = config.frames or self.tokenizer.num_frames
         self.layout = self._layout(self.frames)

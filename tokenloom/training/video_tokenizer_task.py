@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tokenloom.errors import TokenloomError, check_options
+from tokenloom.errors import check_options
 from tokenloom.media import save_image, sheet, to_pil
 from tokenloom.media_video import save_clip
 from tokenloom.tokenizers.pixels import rescale
 from tokenloom.tokenizers.quantizers import Quantized
-from tokenloom.tokenizers.registry import load_tokenizer
 from tokenloom.tokenizers.video import VideoTokenizer
 from tokenloom.training.clip_source import open_clips
-from tokenloom.training.data import square_side, to_float
+from tokenloom.training.data import open_model, square_side, to_float
 from tokenloom.training.tokenizer_task import TokenizerTask
 from tokenloom.training.video_config import VideoTokenizerConfig
 
@@ -39,7 +38,7 @@ class VideoTokenizerTask(TokenizerTask):
     def _tokenizer(self) -> VideoTokenizer:
         config = self.config
         if config.init_from:
-            return open_video_tokenizer(config.init_from)
+            return open_model(config.init_from, VideoTokenizer)
         check_options(VideoTokenizer, config.model, "model option")
         return VideoTokenizer(**config.model)
 
@@ -85,15 +84,3 @@ class VideoTokenizerTask(TokenizerTask):
         save_image(sheet(to_pil(rows), columns=len(shown)), path)
         pairs = torch.cat([torch.cat([*clips], dim=-1), torch.cat([*made], dim=-1)], dim=-2)
         save_clip(to_pil(pairs), path.with_suffix(".webp"))
-
-
-def open_video_tokenizer(folder: str) -> VideoTokenizer:
-    """The video tokenizer that `train-video-tokenizer` or `save_pretrained` wrote, with float32 weights.
-
-    Raises:
-        TokenloomError: If the folder holds something else.
-    """
-    tokenizer = load_tokenizer(folder)
-    if not isinstance(tokenizer, VideoTokenizer):
-        raise TokenloomError(f"{folder!r} holds a {type(tokenizer).__name__}; expected a VideoTokenizer.")
-    return tokenizer
