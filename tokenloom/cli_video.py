@@ -18,7 +18,9 @@ from tokenloom.models import INDEX_FILE, bundled, is_pipeline, resolve
 _PIPELINE = "VideoPipeline"
 _Categories = Annotated[
     list[str],
-    typer.Option("--category", help="Only things of this category of the pool (may be repeated); default all."),
+    typer.Option(
+        "--category", help="Only things of this category of the pool (may be repeated); default all."
+    ),
 ]
 
 
@@ -121,9 +123,7 @@ def train_judge(
     from tokenloom.evaluation.video_judge import train_video_judge
 
     config = MotionConfig(plain=plain, categories=tuple(categories))
-    judge = train_video_judge(
-        pool, steps=steps, batch_size=batch_size, config=config, seed=seed, log=_log
-    )
+    judge = train_video_judge(pool, steps=steps, batch_size=batch_size, config=config, seed=seed, log=_log)
     OUT.print(judge.save(out), markup=False)
 
 

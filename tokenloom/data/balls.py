@@ -76,7 +76,9 @@ def draw_ball(colour: str, kind: str = "matt", size: int = 96) -> Image.Image:
     if kind == "glossy":
         shaded += 200 * (lit[..., None] ** 30)
     pixels = np.concatenate([np.clip(shaded, 0, 255), 255.0 * inside[..., None]], axis=2)
-    drawn = Image.fromarray(pixels.round().astype(np.uint8), "RGBA").convert("RGBa")  # edges keep their colour
+    drawn = Image.fromarray(pixels.round().astype(np.uint8), "RGBA").convert(
+        "RGBa"
+    )  # edges keep their colour
     return drawn.resize((size, size), Image.Resampling.BOX).convert("RGBA")
 
 
