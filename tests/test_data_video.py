@@ -196,6 +196,7 @@ def test_balls_have_the_colour_that_they_are_called_by(tmp_path: Path) -> None:
     folder = write_pool(tmp_path / "pool")
     before = len(Pool.open(folder).cut_outs)
     assert add_balls(folder, size=32) == len(COLOURS) * len(KINDS) and add_balls(folder) == 0
+    assert "CC0-1.0" in (folder / "SOURCES.md").read_text()
     balls = [item for item in Pool.open(folder).cut_outs if item.category == BALL]
     assert len(balls) == len(Pool.open(folder).cut_outs) - before
     assert {item.colour for item in balls if item.split == "train"} == set(COLOURS)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from tokenloom.data.emoji import SOURCES_FILE
 from tokenloom.data.referring_pool import POOL_FILE, CutOut, Pool
 from tokenloom.data.splits import TRAIN, VAL_STYLE, hash_fraction
 from tokenloom.errors import TokenloomError, unknown_name
@@ -121,5 +121,7 @@ def add_balls(folder: str | os.PathLike[str], size: int = 96) -> int:
     }
     scratch = pool.folder / f".{POOL_FILE}-{os.getpid()}"
     scratch.write_text(json.dumps(content, indent=0), encoding="utf-8")
-    scratch.replace(Path(pool.folder) / POOL_FILE)
+    scratch.replace(pool.folder / POOL_FILE)
+    with (pool.folder / SOURCES_FILE).open("a", encoding="utf-8") as credits:
+        credits.write(f"\n# Balls\n\nBalls of {len(COLOURS)} colours: {_SOURCE}, {_LICENCE}.\n")
     return len(made)
