@@ -86,6 +86,9 @@ def video(
 
     media_video.check_clip_output(output)
     given = None if proceed is None else media_video.read_clip(proceed)
+    rate = fps if fps is not None or given is None else given.fps
+    if rate is not None:
+        media_video.check_rate(output, rate)
     diffusers_logging.disable_progress_bar()
     pipe = VideoPipeline.from_pretrained(folder).to(device_of(device))
     pipe.set_progress_bar_config(desc="generating", leave=False, disable=None)
@@ -102,8 +105,7 @@ def video(
         top_k=top_k,
         top_p=top_p,
     )
-    rate = fps or (given.fps if given is not None else None) or result.fps
-    clip = result.frames[0]
+    rate, clip = result.fps if rate is None else rate, result.frames[0]
     path = media_video.save_clip(clip, output, rate)
     new = f", new from frame {result.prompt_frames}" if result.prompt_frames else ""
     OUT.print(f"{path}: {len(clip)} frames at {rate:g} a second{new} (seed {result.seeds[0]})", markup=False)
