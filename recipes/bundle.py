@@ -3,9 +3,11 @@
     python recipes/bundle.py tokenloom-emoji-64 runs/emoji64-generator/model
     python recipes/bundle.py tokenloom-photos runs/photos-tokenizer/model --log runs/photos-tokenizer/log.jsonl \
         --figures rate/report.json --credits data/photo-crops/SOURCES.md
+    python recipes/bundle.py tokenloom-video-64 runs/video64-generator/model --log runs/video64-generator/log.jsonl \
+        --figures video-report/report.json
 
 What the card says stands in `recipes/cards/cards.yaml`; the course of the training comes from the log, the figures from
-`tokenloom evaluate-tokenizer` (or from any JSON mapping).
+`tokenloom evaluate-tokenizer` or `tokenloom evaluate-video` (or from any JSON mapping).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import torch
 import yaml
 from torch import nn
 
-from tokenloom import TextToImagePipeline, models
+import tokenloom
+from tokenloom import models
 from tokenloom.tokenizers import load_tokenizer
 
 RECIPES = Path(__file__).resolve().parent
@@ -30,7 +33,7 @@ POINT_KEYS = ("tokens", "bits", "adaptive_bits", "psnr", "ssim")
 
 
 def course(log: Path, batch_size: int) -> dict[str, Any]:
-    """Steps, pictures, minutes at work and PSNR by step of a log of the training loop."""
+    """Steps, samples, minutes at work and PSNR or loss by step of a log of the training loop."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "samples_per_second" in row]
     every = max(1, len(rows) // POINTS)
@@ -38,18 +41,21 @@ def course(log: Path, batch_size: int) -> dict[str, Any]:
     for row in rows:
         seconds += (row["step"] - before) * batch_size / row["samples_per_second"]
         before = row["step"]
+    kind, digits = ("psnr", 1) if "psnr" in rows[-1] else ("loss", 2)
     return {
         "steps": rows[-1]["step"],
-        "pictures": rows[-1]["step"] * batch_size,
+        "pictures" if kind == "psnr" else "samples": rows[-1]["step"] * batch_size,
         "minutes": round(seconds / 60, 1),
-        "psnr_of_training_batches_by_step": {
-            row["step"]: round(row["psnr"], 1) for row in rows[::-1][::every][::-1]
+        f"{kind}_of_training_batches_by_step": {
+            row["step"]: round(row[kind], digits) for row in rows[::-1][::every][::-1]
         },
     }
 
 
 def summary(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a report of `evaluate-tokenizer` that a card holds; another mapping as it is."""
+    """The figures of a report of `evaluate-tokenizer` or `evaluate-video` that a card holds; another mapping as it is."""
+    if "tokens" in figures:
+        return clips_summary(figures)
     if "points" not in figures:
         return figures
     return {
@@ -59,6 +65,26 @@ def summary(figures: dict[str, Any]) -> dict[str, Any]:
         **{key: round(figures["speed"][key], 1) for key in ("encode_ms", "decode_ms")},
         "details": "docs/tokenizers.md",
     }
+
+
+def clips_summary(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a report of `evaluate-video` that a card holds."""
+    coded = {
+        row["name"]: {key: round(row[key], 3) for key in ("bits", "psnr", "ssim")}
+        for row in figures["tokens"]["rows"]
+        if row["bits"] is not None
+    }
+    found: dict[str, Any] = {"held_out_clips": figures["clips"], "split": figures["split"], "coded": coded}
+    if prompts := figures.get("prompts"):
+        for name in ("generated", "real"):
+            found[name] = {key: round(prompts[name][key], 3) for key in ("thing", "thing_top5", "motion")}
+        found["frechet"] = round(prompts["frechet"], 2)
+    if motion := figures.get("motion"):
+        found["continued_strays"] = round(motion["continued"]["distance"], 3)
+    if speed := figures.get("speed"):
+        found["steps"] = speed["steps"]
+        found["frames_per_second"] = round(speed["frames_per_second"], 1)
+    return {**found, "details": "docs/video.md"}
 
 
 def main() -> None:
@@ -78,7 +104,9 @@ def main() -> None:
         card["figures"] = summary(json.loads(options.figures.read_text(encoding="utf-8")))
     target = ASSETS / options.name
     if models.is_pipeline(options.model):
-        pipeline = TextToImagePipeline.from_pretrained(options.model, dtype=torch.bfloat16)
+        index = json.loads((options.model / models.INDEX_FILE).read_text(encoding="utf-8"))
+        kind = getattr(tokenloom, index["_class_name"])
+        pipeline = kind.from_pretrained(options.model, dtype=torch.bfloat16)
         pipeline.register_to_config(sampling=recipe["sampling"])  # it may be chosen after training
         pipeline.card = card
         pipeline.save_pretrained(target)

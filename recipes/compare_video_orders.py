@@ -26,6 +26,7 @@ from tokenloom.data.clips import ClipFolder
 from tokenloom.evaluation.tables import markdown_table, plain
 from tokenloom.evaluation.video_judge import VideoJudge
 from tokenloom.evaluation.video_report import measure_motion, measure_prompts, measure_speed
+from tokenloom.layouts import Layout
 from tokenloom.media import write_atomically
 from tokenloom.tokenizers.video import VideoTokenizer
 from tokenloom.training.data import open_model
@@ -94,20 +95,25 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     return args.output / name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
 
 
-def config_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The training config of an order."""
+def model_of(name: str, layout: Layout, width: int, depth: int, heads: int) -> tuple[str, dict[str, Any]]:
+    """Name of the generator of an order and its options for clips of a layout."""
     generator, given = ORDERS[name]
     model = {key: dict(value) for key, value in given.items()}
-    layout = open_model(args.tokenizer, VideoTokenizer).layout
     _, rows, columns = layout.shape
     if model.get("order_options", {}).get("block") == "frame":
         model["order_options"]["block"] = [1, rows, columns]
     elif "order_options" in model:
         model["order_options"]["block"] = [1, 1, columns]
-    transformer: dict[str, Any] = {"width": args.width, "depth": args.depth, "heads": args.heads}
-    transformer["rope_base"] = 100.0
+    transformer: dict[str, Any] = {"width": width, "depth": depth, "heads": heads, "rope_base": 100.0}
     if generator == "next_neighbor":  # one head for each axis
-        transformer["taps"] = [max(1, args.depth - 2), max(1, args.depth - 1), args.depth]
+        transformer["taps"] = [max(1, depth - 2), max(1, depth - 1), depth]
+    return generator, {"transformer": transformer, "tie_embeddings": True, **model}
+
+
+def config_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The training config of an order."""
+    layout = open_model(args.tokenizer, VideoTokenizer).layout
+    generator, model = model_of(name, layout, args.width, args.depth, args.heads)
     steps = args.steps
     return {
         "output": str(folder_of(name, args) / "run"),
@@ -118,7 +124,7 @@ def config_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
             "options": {"plain": args.plain, "categories": args.categories},
         },
         "generator": generator,
-        "model": {"transformer": transformer, "tie_embeddings": True, **model},
+        "model": model,
         "code_cache": str(args.output / "codes"),
         "sampling": {"guidance_scale": args.guidance, "temperature": args.temperature, "top_k": args.top_k},
         "loop": {

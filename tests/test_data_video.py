@@ -12,9 +12,11 @@ from PIL import Image
 from referring_pools import write_pool
 
 from tokenloom import TokenloomError
+from tokenloom.data.balls import BALL, COLOURS, KINDS, add_balls, draw_ball
 from tokenloom.data.captions import read_captions
 from tokenloom.data.clips import ClipFolder
 from tokenloom.data.moving import MOTIONS, MotionConfig, MotionMaker, is_unseen_motion, with_article
+from tokenloom.data.referring_names import colour_of
 from tokenloom.data.referring_pool import Pool
 from tokenloom.data.video import build_video, clip_seed
 from tokenloom.media_video import read_clip, save_clip
@@ -188,3 +190,32 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         ClipFolder(tmp_path)
     with pytest.raises(TokenloomError, match="size"):
         ClipFolder(tmp_path, size=0)
+
+
+def test_balls_have_the_colour_that_they_are_called_by(tmp_path: Path) -> None:
+    folder = write_pool(tmp_path / "pool")
+    before = len(Pool.open(folder).cut_outs)
+    assert add_balls(folder, size=32) == len(COLOURS) * len(KINDS) and add_balls(folder) == 0
+    assert "CC0-1.0" in (folder / "SOURCES.md").read_text()
+    balls = [item for item in Pool.open(folder).cut_outs if item.category == BALL]
+    assert len(balls) == len(Pool.open(folder).cut_outs) - before
+    assert {item.colour for item in balls if item.split == "train"} == set(COLOURS)
+    for item in balls:
+        picture = Pool.open(folder).picture(item.file, "RGBA")
+        assert picture.size == (32, 32) and picture.getpixel((0, 0))[3] == 0
+        if "banded" not in item.file:
+            assert colour_of(picture) == item.colour
+    clips = MotionMaker(Pool.open(folder), "train", MotionConfig(categories=(BALL,), colour=1.0))
+    texts = {clips.clip(seed).text for seed in range(200)}
+    assert clips.things == ("ball",) and "a red ball bouncing" in texts
+
+
+def test_unknown_balls_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenloomError, match="colour of a ball"):
+        draw_ball("crimson")
+    with pytest.raises(TokenloomError, match="kind of ball"):
+        draw_ball("red", "mat")
+    with pytest.raises(TokenloomError, match="8 pixels"):
+        draw_ball("red", size=4)
+    with pytest.raises(TokenloomError, match="pool"):
+        add_balls(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,8 @@ def test_saving_keeps_preset_and_rate(pipe: VideoPipeline, tmp_path: Path) -> No
         ({"video": [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]}, "2 sizes"),
         ({"video": torch.rand(1, 4, 3, 16, 16)}, "one clip|One clip"),
         ({"video": torch.rand(4, 3, 16, 16) * 9}, r"\[0, 1\]"),
+        ({"video": torch.zeros(4, 3, 0, 16)}, "at least one"),
+        ({"video": torch.full((4, 3, 16, 16), torch.nan)}, "nan"),
         ({"video": 5}, "int"),
         ({"video": "nothing.gif"}, "no clip"),
         ({"video": clip(4), "num_frames": 4}, "given already"),
@@ -256,6 +259,10 @@ def test_the_command_makes_and_continues_clips(pipe: VideoPipeline, tmp_path: Pa
         (["video", "a frog", "-o", "out.bmp"], "clip format"),
         (["video", "--continue", "cut.gif", "-o", "x.gif"], "cut.gif"),
         (["video", "a frog", "--frames", "0"], "at least 1"),
+        (["video", "a frog", "--fps", "0"], "above 0"),
+        (["video", "a frog", "-o", "x.gif", "--fps", "60"], "at most 50"),
+        (["video", "--continue", "many", "-o", "x.gif"], "sizes|one size"),
+        (["video", "a frog", "--loop", "--frames", "100"], "3 to 9"),
     ],
 )
 def test_the_command_says_what_is_wrong(
@@ -264,6 +271,10 @@ def test_the_command_says_what_is_wrong(
     pipe.save_pretrained(tmp_path / "model")
     path = save_clip(clip(6, (40, 40)), tmp_path / "cut.gif")
     path.write_bytes(path.read_bytes()[:-30])
+    (tmp_path / "many").mkdir()
+    for index, size in enumerate(((16, 16), (16, 18))):
+        clip(1, size)[0].save(tmp_path / "many" / f"{index}.png")
     monkeypatch.chdir(tmp_path)
     run = CliRunner().invoke(app, [*words, "--model", str(tmp_path / "model")])
-    assert run.exit_code != 0 and said in (run.output + str(run.exception))
+    assert run.exit_code != 0 and re.search(said, run.output + str(run.exception))
+    assert not (tmp_path / "x.gif").exists() and not (tmp_path / "out.gif").exists()

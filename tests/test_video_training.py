@@ -48,7 +48,7 @@ def test_the_recipes_are_valid_and_build_models_of_one_layout() -> None:
     layout = tokenizer.layout_for(17, (64, 64))
     words = {"kind": "words", "vocabulary": 100, "length": config.text.max_length}
     generator = build_generator(config.generator, tokenizer, words, config.model, layout)
-    assert (layout.size, generator.order.num_steps) == (5 * 8 * 8, 5 * 8)
+    assert (layout.size, generator.order.num_steps) == (5 * 8 * 8, 8 + 4 * 8 + 7)
     assert sum(p.numel() for model in (tokenizer, generator) for p in model.parameters()) < 5e6
 
 

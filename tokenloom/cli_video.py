@@ -16,6 +16,12 @@ from tokenloom.errors import TokenloomError
 from tokenloom.models import INDEX_FILE, bundled, is_pipeline, resolve
 
 _PIPELINE = "VideoPipeline"
+_Categories = Annotated[
+    list[str],
+    typer.Option(
+        "--category", help="Only things of this category of the pool (may be repeated); default all."
+    ),
+]
 
 
 def add(app: typer.Typer, data_app: typer.Typer) -> None:
@@ -80,6 +86,9 @@ def video(
 
     media_video.check_clip_output(output)
     given = None if proceed is None else media_video.read_clip(proceed)
+    rate = fps if fps is not None or given is None else given.fps
+    if rate is not None:
+        media_video.check_rate(output, rate)
     diffusers_logging.disable_progress_bar()
     pipe = VideoPipeline.from_pretrained(folder).to(device_of(device))
     pipe.set_progress_bar_config(desc="generating", leave=False, disable=None)
@@ -96,8 +105,7 @@ def video(
         top_k=top_k,
         top_p=top_p,
     )
-    rate = fps or (given.fps if given is not None else None) or result.fps
-    clip = result.frames[0]
+    rate, clip = result.fps if rate is None else rate, result.frames[0]
     path = media_video.save_clip(clip, output, rate)
     new = f", new from frame {result.prompt_frames}" if result.prompt_frames else ""
     OUT.print(f"{path}: {len(clip)} frames at {rate:g} a second{new} (seed {result.seeds[0]})", markup=False)
@@ -108,12 +116,16 @@ def train_judge(
     out: Annotated[Path, typer.Argument(help="Folder for the judge.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3000,
     batch_size: Annotated[int, typer.Option(help="Clips a step.")] = 32,
+    categories: _Categories = [],  # noqa: B006
+    plain: Annotated[float, typer.Option(help="Share of clips on a plain colour.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Decides weights and clips.")] = 0,
 ) -> None:
     """Train the judge that says what moves in a clip, and how."""
+    from tokenloom.data.moving import MotionConfig
     from tokenloom.evaluation.video_judge import train_video_judge
 
-    judge = train_video_judge(pool, steps=steps, batch_size=batch_size, seed=seed, log=_log)
+    config = MotionConfig(plain=plain, categories=tuple(categories))
+    judge = train_video_judge(pool, steps=steps, batch_size=batch_size, config=config, seed=seed, log=_log)
     OUT.print(judge.save(out), markup=False)
 
 
@@ -186,6 +198,7 @@ def data_video(
     size: Annotated[int, typer.Option(help="Side of the frames in pixels.")] = 64,
     frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 17,
     plain: Annotated[float, typer.Option(help="Share of clips on a plain colour.")] = 0.7,
+    categories: _Categories = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Decides the clips; training takes 0.")] = 1,
     cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
 ) -> None:
@@ -193,7 +206,7 @@ def data_video(
     from tokenloom.data.moving import MotionConfig
     from tokenloom.data.video import build_video
 
-    config = MotionConfig(size=size, frames=frames, plain=plain)
+    config = MotionConfig(size=size, frames=frames, plain=plain, categories=tuple(categories))
     report = build_video(
         out, pool=pool, count=count, splits=splits, config=config, seed=seed, cache_dir=cache
     )

@@ -97,6 +97,18 @@ def check_clip_output(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_rate(path: str | os.PathLike[str], fps: float) -> None:
+    """Checks that a clip of so many frames a second can be written under this name.
+
+    Raises:
+        TokenloomError: If the rate is not above 0, or more than 50 in a GIF or 1,000 in another file.
+    """
+    suffix = Path(path).suffix
+    most = 50.0 if suffix.lower() == ".gif" else 1000.0
+    if not 0 < fps <= most:
+        raise TokenloomError(f"fps must lie above 0 and be at most {most:g} in a {suffix} file, got {fps!r}.")
+
+
 def save_clip(frames: Sequence[Image.Image], path: str | os.PathLike[str], fps: float = 8.0) -> Path:
     """Writes a clip so that the file is either whole or untouched; missing folders are made.
 
@@ -114,11 +126,7 @@ def save_clip(frames: Sequence[Image.Image], path: str | os.PathLike[str], fps: 
         raise TokenloomError(
             f"A clip needs at least one frame and one size for all, got {len(frames)} frames of {len(sizes)} sizes."
         )
-    most = 50.0 if path.suffix.lower() == ".gif" else 1000.0
-    if not 0 < fps <= most:
-        raise TokenloomError(
-            f"fps must lie above 0 and be at most {most:g} in a {path.suffix} file, got {fps!r}."
-        )
+    check_rate(path, fps)
     pictures = [to_rgb(frame) for frame in frames]
     if path.suffix.lower() == ".mp4":
         return write_atomically(path, _encode_video(pictures, fps))

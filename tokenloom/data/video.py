@@ -20,6 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from tokenloom.data import registry_packages
+from tokenloom.data.balls import add_balls
 from tokenloom.data.building import building
 from tokenloom.data.captions import Caption, write_captions
 from tokenloom.data.emoji import SOURCES_FILE, BuildReport
@@ -57,7 +58,8 @@ def build_video(
 
     Args:
         out: The folder to make; it must not exist or be empty.
-        pool: A pool that is there already (`tokenloom data referring`); `None` builds one in `out`/pool.
+        pool: A pool that is there already (`tokenloom data referring`); `None` builds one in `out`/pool, with
+            balls of plain colours among its things.
         count: Clips of each split; 0 for the pool alone.
         splits: Which of "train", "val_style", "val" and "val_pair".
         config: How clips are made.
@@ -84,6 +86,7 @@ def build_video(
             build_referring(
                 target / POOL_FOLDER, size=_DRAWN, cache_dir=cache_dir, download=download, fetch=fetch
             )
+            add_balls(target / POOL_FOLDER, _DRAWN)
         found = Pool.open(target / POOL_FOLDER if pool is None else pool)
         if (found.folder / SOURCES_FILE).is_file():
             shutil.copyfile(found.folder / SOURCES_FILE, target / SOURCES_FILE)

@@ -51,6 +51,8 @@ class ClipJudgement:
 class VideoJudgeNetwork(nn.Module):
     """Frames one by one, then their mean for the thing, and maps over time for the motion.
 
+    Beside every frame lies its difference from the mean over time, in which a ground that stands still is gone.
+
     Args:
         things: Names of things.
         motions: Names of motions.
@@ -73,7 +75,7 @@ class VideoJudgeNetwork(nn.Module):
             "hidden": hidden,
         }
         self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 5, 2, 2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            nn.Conv2d(6, widths[0], 5, 2, 2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         )
         self.middle = nn.Sequential(
             ResidualBlock(widths[0], widths[1], 2), ResidualBlock(widths[1], widths[2], 2)
@@ -95,7 +97,8 @@ class VideoJudgeNetwork(nn.Module):
     def forward(self, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, O), logits (B, M) and features (B, F) of clips (B, T, 3, 64, 64) in [-1, 1]."""
         batch = len(clips)
-        maps = self.middle(self.stem(clips.flatten(0, 1)))
+        moving = clips - clips.mean(dim=1, keepdim=True)
+        maps = self.middle(self.stem(torch.cat([clips, moving], dim=2).flatten(0, 1)))
         deep = self.deep(maps).unflatten(0, (batch, -1))  # (B, T, C, h, w)
         seen = torch.cat([deep.mean((1, 3, 4)), deep.amax((3, 4)).mean(1)], dim=1)
         line = self.places(maps).flatten(1).unflatten(0, (batch, -1)).transpose(1, 2)

@@ -79,7 +79,7 @@ def load_frame(name: str, picture: Picture, size: int) -> Tensor:
 
 def _unit(video: Tensor) -> Tensor:
     """Frames (F, 3, H, W) in [0, 1] of a tensor."""
-    if video.ndim != 4 or video.shape[1] != 3 or not video.shape[0]:
+    if video.ndim != 4 or video.shape[1] != 3 or not video.numel():
         raise TokenloomError(
             f"Expected video to be frames (F, 3, H, W), at least one, got {tuple(video.shape)}. One clip is continued at a "
             "time."
