@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenloom.generators import PictureWords, Sampling, orders
 from tokenloom.layouts import Layout
 from tokenloom.pipelines.segmentation import overlay
 from tokenloom.tokenizers import AnswerCodes
+from tokenloom.training.phrase_rows import place_loss, shared_logits
 from tokenloom.training.run import train_segmentation
 
 SHAPE = {"width": 24, "depth": 1, "heads": 2, "patch": 8}
@@ -226,6 +228,7 @@ def test_both_models_train(segmenter: str, tmp_path: Path) -> None:
         "unet": {"image_size": 32, "channels": [8, 16], "phrase": 16},
         "phrases": 2,
         "mask_loss": 0.5,
+        "place_loss": 0.5,
         "loop": {"steps": 3, "batch_size": 4, "warmup": 1, "log_every": 1, "ema": 0.5},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
@@ -238,3 +241,44 @@ def test_both_models_train(segmenter: str, tmp_path: Path) -> None:
         network, words = FilmUNet.from_pretrained(folder), WordTokenizer.from_pretrained(folder)
         assert network.segment(image, ["the apple", "the frog"], words).shape == (2, 32, 40)
     assert list((tmp_path / "run" / "samples").glob("*.png"))
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert ("places" in row) == (segmenter == "tokens")
+
+
+@pytest.mark.parametrize("learned", [0, 29])
+def test_phrases_share_the_rows_of_their_picture(pipe: SegmentationPipeline, learned: int) -> None:
+    torch.manual_seed(2)
+    options = {key: value for key, value in pipe.generator.config.items() if not key.startswith("_")}
+    shape = {"width": 24, "heads": 2, "depth": 2, "learned_positions": learned}
+    generator = RangedTokenGenerator(**{**options, "transformer_config": shape, "causal_prefix": True})
+    features, words = torch.randn(2, 16, 24), torch.randint(0, 6, (6, 5))
+    low, high = pipe.answers.masks, pipe.answers.vocabulary
+    answers = torch.cat((torch.randint(low, high, (6, 4)), torch.randint(0, low, (6, 4))), dim=1)
+    alone = generator.logits(answers, PictureWords(features.repeat_interleave(3, 0), words))
+    shared = shared_logits(generator, features, words, answers)
+    assert shared.shape == alone.shape and torch.allclose(shared, alone, atol=1e-5)
+    changed = shared_logits(generator, features, words.index_fill(0, torch.tensor([1]), 3), answers)
+    assert torch.equal(changed[[0, 2]], shared[[0, 2]]) and not torch.equal(changed[1], shared[1])
+    with pytest.raises(TokenloomError, match="causal_prefix"):
+        shared_logits(pipe.generator, features, words, answers)
+
+
+def test_places_name_what_they_show() -> None:
+    instances = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    instances[0, :2, :2], instances[0, 2:, 3] = 1, 2
+    things = torch.tensor([[[2, 3], [4, 0]]])
+    chances = torch.full((1, 4, 5), 1e-9)
+    chances[0, 0, [2, 3]] = 0.5  # object 1 everywhere: both of its words
+    chances[0, [1, 2], 0] = 1.0  # background
+    chances[0, 3, [0, 4]] = 0.5  # half of it object 2
+    best = place_loss(chances.log(), instances, things)
+    assert float(best) == pytest.approx(2 * np.log(2) / 4, rel=1e-4)
+    assert float(place_loss(chances[:, [3, 1, 2, 0]].log(), instances, things)) > 2
+
+
+def test_a_unet_of_patches_writes_every_pixel() -> None:
+    network = FilmUNet(32, [8, 16], 16, 6, 5, patch=4)
+    words = torch.randint(0, 6, (2, 5))
+    assert network(torch.zeros(2, 3, 32, 32), words).shape == (2, 32, 32)
+    with pytest.raises(TokenloomError, match="divisible by patch"):
+        FilmUNet(32, [8, 16], patch=5)
