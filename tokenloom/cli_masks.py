@@ -85,17 +85,30 @@ def segment(
 def referring(
     out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
     size: Annotated[int, typer.Option(help="Longest side of a drawing in pixels.")] = 128,
+    gpl_stamps: Annotated[
+        bool,
+        typer.Option(
+            "--gpl-stamps",
+            help="Add 390 stamps of Tux Paint (161 MB). They are under GPL-2, and so is the pool then.",
+        ),
+    ] = False,
     cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
 ) -> None:
     """Build the pool of cut-outs and photographs that scenes for segmentation by phrase are made of."""
     from tokenloom.data.referring_pool import build_referring
 
-    report = build_referring(out, size=size, cache_dir=cache)
+    report = build_referring(out, size=size, gpl_stamps=gpl_stamps, cache_dir=cache)
     parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
     _OUT.print(
         f"{report.folder}: {report.pictures:,} pictures (cut-outs: {parts}) in {report.seconds:.0f} s",
         markup=False,
     )
+    under = ", ".join(f"{name} {count:,}" for name, count in report.licences.items())
+    _OUT.print(f"licences: {under}; SOURCES.md credits each work", markup=False)
+    if gpl_stamps:
+        _OUT.print(
+            "This pool holds pictures under GPL-2: pass it on under the same licence only.", markup=False
+        )
 
 
 def referring_scenes(

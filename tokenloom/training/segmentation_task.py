@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokenloom.data.referring_phrases import vocabulary_texts
+from tokenloom.data.referring_pool import Pool
 from tokenloom.errors import TokenloomError, check_options
 from tokenloom.evaluation.film_unet import FilmUNet
 from tokenloom.generators import orders
@@ -85,6 +86,12 @@ class PhraseTask(Task):
             got.append(overlay(picture, self.predict(picture, text)[None]))
             labels.append(text)
         save_image(sheet([*wanted, *got], columns=len(made), labels=labels * 2), path)
+
+
+def training_pictures(pool: Pool) -> str:
+    """What a card says of the pictures of a pool: how many under which licence."""
+    counts = ", ".join(f"{count:,} under {name}" for name, count in pool.licences().items())
+    return f"Scenes of cut-outs on photographs: {counts}; SOURCES.md of the pool credits each work."
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -198,6 +205,7 @@ class SegmentationTask(PhraseTask):
             dict(self.config.sampling),
         )
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.card = {"training_pictures": training_pictures(self.scenes.pool)}
         return pipeline
 
     def predict(self, picture: Image.Image, phrase: str) -> np.ndarray:
