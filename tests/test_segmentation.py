@@ -128,6 +128,74 @@ def test_fewer_codes_and_other_sizes(pipe: SegmentationPipeline, picture: Image.
         pipe(picture, "apple", mask_tokens=5)
 
 
+@pytest.mark.parametrize("decode", ["cached", "reference", "parallel"])
+def test_a_call_for_fewer_codes_stops_early(
+    pipe: SegmentationPipeline, picture: Image.Image, decode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = 0
+    plain = RangedTokenGenerator.run_rows
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal forwards
+        forwards += 1
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(RangedTokenGenerator, "run_rows", counted)
+    options: dict[str, Any] = {"seed": 7, "temperature": 1.0, "decode": decode}
+    whole = pipe(picture, ["apple", "dog"], **options)
+    before, forwards = forwards, 0
+    short = pipe(picture, ["apple", "dog"], mask_tokens=2, **options)
+    assert torch.equal(short.codes, whole.codes[:, :2]) and torch.equal(short.boxes, whole.boxes)
+    masks = pipe.tokenizer.decode(whole.codes, 2, whole.size, output="mask")
+    assert torch.equal(torch.as_tensor(short.masks), masks)
+    if decode != "parallel":
+        assert (before, forwards) == (4 + 4 + 1, 4 + 2 + 1)  # box, mask, and the scores
+    else:
+        assert forwards <= before
+    with pytest.raises(TokenloomError, match=r"1\.\.8, got 9"):
+        pipe.generator.generate(batch_size=1, steps=9)
+
+
+def test_several_pictures_run_together_and_each_is_encoded_once(
+    pipe: SegmentationPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    plain = PictureEncoder.forward
+
+    def counted(self: PictureEncoder, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return plain(self, pixels)
+
+    monkeypatch.setattr(PictureEncoder, "forward", counted)
+    other = Image.new("RGB", (20, 40), "green")
+    phrases = [["the apple", "all dogs"], "the green apple"]
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 3}
+    first, second = pipe([picture, other], phrases, **options)
+    assert seen == [2]
+    for got, image, asked in ((first, picture, phrases[0]), (second, other, phrases[1])):
+        alone = pipe(image, asked, **options)
+        assert torch.equal(got.codes, alone.codes) and torch.equal(got.masks, alone.masks)
+        assert torch.allclose(got.boxes, alone.boxes) and torch.allclose(got.scores, alone.scores)
+    assert second.masks.shape == (1, 40, 20)
+    seen.clear()
+    mixed = pipe([pipe.encode_picture(picture), other], "the dog")
+    assert seen == [1, 1] and [len(one.codes) for one in mixed] == [1, 1]
+    boxed = pipe([picture, other], boxes=[[[0, 0, 48, 24], [5, 5, 20, 20]], [[0, 0, 20, 20]]])
+    assert torch.equal(boxed[1].codes, pipe(other, boxes=[[0, 0, 20, 20]]).codes) and len(boxed[0].codes) == 2
+    ((masks, *_),) = pipe([other], ["dog"], return_dict=False)
+    assert masks.shape == (1, 40, 20)
+    for images, asked, message in (
+        ([], "dog", "at least one picture"),
+        ([picture, other], ["dog"], "2 pictures there must be a list with the phrases of each, got 1"),
+        ([picture, other], ["dog", ""], "Picture 1: .*empty"),
+        ([picture, other], ["dog", 3], "Picture 1: "),
+    ):
+        with pytest.raises(TokenloomError, match=message):
+            pipe(images, asked)
+    with pytest.raises(TokenloomError, match="come with boxes or none"):
+        pipe([picture, other], ["dog", "dog"], boxes=[[[0, 0, 9, 9]], None])
+
+
 def test_a_box_is_a_prompt(pipe: SegmentationPipeline, picture: Image.Image) -> None:
     output = pipe(picture, boxes=[[0, 0, 48, 24]])
     assert torch.allclose(output.boxes[0], torch.tensor([0.0, 0.0, 48.0, 24.0]), atol=48 / 7 / 2)
@@ -141,7 +209,7 @@ def test_a_box_is_a_prompt(pipe: SegmentationPipeline, picture: Image.Image) -> 
 
 def test_nothing_is_an_empty_mask(pipe: SegmentationPipeline) -> None:
     codes = torch.full((1, 4), pipe.tokenizer.empty_code)
-    assert not pipe._render(codes, None, (7, 9), "np").any()  # type: ignore[union-attr]
+    assert not pipe._render(codes, (7, 9), "np").any()  # type: ignore[union-attr]
 
 
 def test_alpha_and_rotation_are_handled(pipe: SegmentationPipeline) -> None:
