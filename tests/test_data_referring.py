@@ -17,7 +17,8 @@ from PIL import Image
 from referring_pools import write_pool
 
 from tokenloom.data.referring import Example, ReferringScenes, freeze_scenes, read_scenes, scene_example
-from tokenloom.data.referring_names import cut_out_name, is_quiet, nameable
+from tokenloom.data.referring_grounds import shown_by
+from tokenloom.data.referring_names import cut_out_name, nameable
 from tokenloom.data.referring_phrases import KINDS, absent_phrase, phrases_of, plural, true_phrases
 from tokenloom.data.referring_pool import Pool, build_referring, split_of
 from tokenloom.data.referring_scenes import Scene, SceneConfig, SceneMaker, Thing
@@ -157,13 +158,37 @@ def test_names_and_categories() -> None:
     found = nameable(emoji, {"1": "animal-mammal", "2": "face-smiling"})
     assert found == {"1f436": ("dog", "animal"), "1fab6": ("feather", None)}
     assert cut_out_name("Two-hump camel") == "two hump camel"
-    assert is_quiet("greatWall") and not is_quiet("fish4")
     assert {split_of(f"name {i}", "3d", ("3d", "detailed")) for i in range(80)} == {
         "train",
         "val_style",
         "val",
     }
     assert "val_style" not in {split_of(f"name {i}", "3d", ("3d",)) for i in range(80)}
+
+
+def test_nothing_that_the_background_shows_is_asked_for(pool: Pool) -> None:
+    things = (Thing("apple", "fruit", "red", 0.2, 0.2, 0.5), Thing("frog", "animal", "green", 0.1, 0.5, 0.9))
+    plain = np.zeros((8, 8), np.uint8)
+    bare = Scene(plain, plain, things, True, ())
+    wild = Scene(plain, plain, things, True, ("animal", "fish"))
+    orchard = Scene(plain, plain, things, True, ("fruit", "apple", "tree"))
+    assert {"the animal", "the fruit", "the frog", "the apple"} <= set(texts(bare))
+    assert "the animal" not in texts(wild) and {"the fruit", "the frog"} <= set(texts(wild))
+    assert not any("apple" in text or "fruit" in text for text in texts(orchard))
+    crowded = Scene(plain, plain, things, True, ("object",))
+    assert "the larger object" in texts(bare) and "the larger object" not in texts(crowded)
+    maker = SceneMaker(pool, "train", SMALL)
+    assert set(maker.absent_names(bare)) == {"apple", "frog", "whale"}
+    assert set(maker.absent_names(wild)) == {"apple"}
+    assert set(maker.absent_names(orchard)) == {"frog", "whale"}
+    assert set(maker.absent_names(Scene(plain, plain, things, False))) == {"apple"}
+
+
+def test_photographs_that_were_looked_at() -> None:
+    assert shown_by("solar4") == () and shown_by("unknown") is None
+    assert "object" in (shown_by("pan") or ()) and "object" not in (shown_by("greatWall") or ())
+    assert {"animal", "fish"} <= set(shown_by("fish25") or ())
+    assert "tool" in (shown_by("igloo") or ()) and "plant" in (shown_by("greatWall") or ())
 
 
 def test_scenes_repeat_and_differ(pool: Pool) -> None:

@@ -64,6 +64,10 @@ def segment(
 
     for path in (output, *([overlay] if overlay else [])):
         media.check_output(path)
+    if overlay is not None and overlay.resolve() in (output.resolve(), image.resolve()):
+        raise TokenloomError(f"--overlay would replace {overlay}; choose another name.")
+    if output.resolve() == image.resolve():
+        raise TokenloomError(f"--output would replace the picture {image}; choose another name.")
     picture = media.open_image(image)
     pipe = segmentation.SegmentationPipeline.from_pretrained(folder).to(_device(device))
     result = pipe(picture, phrases, mask_tokens=mask_tokens, guidance_scale=guidance, output_type="np")
@@ -145,8 +149,10 @@ def evaluate_segmentation(
         list[int], typer.Option(help="Also decode from so many codes (may be repeated).")
     ] = [],  # noqa: B006
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Most pictures.")] = None,
-    code_masks: Annotated[int, typer.Option(help="Masks of the comparison of codes; 0 for none.")] = 200,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most pictures.")] = None,
+    code_masks: Annotated[
+        int, typer.Option(min=0, help="Masks of the comparison of codes; 0 for none.")
+    ] = 200,
     device: DeviceOption = "auto",
 ) -> None:
     """Measure segmentation by phrase beside its baselines, and mask tokens beside classical codes."""

@@ -221,6 +221,8 @@ def _read_scene(root: Path, number: int, line: str) -> Example | TokenloomError:
             instances = np.array(opened.convert("L"))
         if instances.shape != (picture.height, picture.width):
             raise TokenloomError(f"the instances have another size than {record['file']!r}")
+        if any(target < 0 for phrase in phrases for target in phrase.targets):
+            raise TokenloomError("a phrase means an object below 0")
         last = max((target for phrase in phrases for target in phrase.targets), default=-1)
         if last >= instances.max(initial=0):
             raise TokenloomError(f"a phrase means object {last}, which the instances do not show")

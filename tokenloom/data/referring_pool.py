@@ -37,8 +37,9 @@ from tokenloom.data.emoji_sources import (
 )
 from tokenloom.data.other_packages import Fetch, fetch_package, unpacked_package
 from tokenloom.data.photos import build_photos
-from tokenloom.data.referring_names import STYLES, colour_of, is_quiet, nameable
-from tokenloom.data.referring_stamps import LICENCE, PACKAGE, VERSION, read_stamps
+from tokenloom.data.referring_grounds import shown_by
+from tokenloom.data.referring_names import STYLES, colour_of, nameable
+from tokenloom.data.referring_stamps import CREDIT, LICENCE, PACKAGE, VERSION, read_stamps
 from tokenloom.data.render import icon_svg, render_svg, require_renderer
 from tokenloom.data.splits import TRAIN, VAL, VAL_STYLE, hash_fraction
 from tokenloom.errors import TokenloomError, unknown_name
@@ -77,7 +78,8 @@ class Background:
 
     Attributes:
         file: Path of the picture inside the pool.
-        quiet: Whether it shows neither animals nor plants nor things, so that phrases of a category are unambiguous.
+        quiet: Whether it is known what it shows, so that phrases of other categories are unambiguous.
+        shows: Words for what it shows, categories and names: no phrase means any of it, present or absent.
         split: "train" or "val".
         licence: SPDX name.
         source: "package@version".
@@ -85,6 +87,7 @@ class Background:
 
     file: str
     quiet: bool = False
+    shows: Sequence[str] = ()
     split: str = TRAIN
     licence: str = ""
     source: str = ""
@@ -239,7 +242,7 @@ def build_referring(
         if gpl_stamps:
             package = unpacked_package("debian", PACKAGE, VERSION, cache, work / "stamps", fetch)
             cut_outs += _stamps(target, package, size)
-            credits += _STAMPS_CREDIT
+            credits += CREDIT
             os.utime(work)
         backgrounds, photo_credits = _photographs(target, work / "photos", cache, longest, fetch)
         content = {
@@ -309,15 +312,6 @@ def _draw(target: Path, work: Path, loader: Packages, size: int) -> tuple[list[C
     return cut_outs, sources_text(credits, names_licence, size, "webp with alpha, quality 90")
 
 
-_STAMPS_CREDIT = f"""
-# Stamps
-
-The pictures cut/stamp-*.webp: Tux Paint stamps, copyright 2002-2022 by Bill Kendrick and contributors, under the GNU General
-Public License, version 2 ({PACKAGE}@{VERSION}). Changes: cropped, reduced and stored as webp. Whoever passes on this pool passes
-it on under the same licence.
-"""
-
-
 def _stamps(target: Path, package: Path, size: int) -> list[CutOut]:
     """Writes the stamps of an unpacked package into `target`/cut; returns their records."""
     stamps = list(read_stamps(package, size))
@@ -350,13 +344,14 @@ def _photographs(
     backgrounds = []
     (target / "bg").mkdir()
     for caption in read_captions(scratch):
-        file = f"bg/{caption.file}"
+        file, shown = f"bg/{caption.file}", shown_by(str(caption.concept))
         with Image.open(scratch / caption.file) as picture:
             picture.convert("RGB").save(target / file, quality=92, method=4)
         backgrounds.append(
             Background(
                 file=file,
-                quiet=is_quiet(str(caption.concept)),
+                quiet=shown is not None,
+                shows=tuple(shown or ()),
                 split=str(caption.split),
                 licence=str(caption.licence),
                 source=str(caption.source),

@@ -18,6 +18,14 @@ from tokenloom.errors import TokenloomError
 
 PACKAGE, VERSION = "tuxpaint-stamps-default", "2022.06.04-1"
 LICENCE = "GPL-2"
+CREDIT = f"""
+# Stamps
+
+The pictures cut/stamp-*.webp: Tux Paint stamps, copyright 2002-2022 by Bill Kendrick and contributors, under the GNU General
+Public License, version 2 ({PACKAGE}@{VERSION}). Changes: cropped, reduced and stored as webp. Whoever passes on this pool passes
+it on under the same licence.
+"""
+"""What SOURCES.md of a pool says of them."""
 
 _PLACE = "usr/share/tuxpaint/stamps"
 _LEFT_OUT = ("symbols", "people", "military", "naturalforces", "town/roadsigns", "animals/birds/cartoon")
