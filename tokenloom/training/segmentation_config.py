@@ -45,6 +45,8 @@ class MaskTokenizerConfig:
         losses: Factors of the parts of `tokenloom.training.mask_losses.reconstruction_losses`.
         morphology: Chance that a mask is grown or shrunk by a few pixels.
         whole: Share of masks that are decoded from all their codes.
+        soft_until: Share of the training at whose beginning all masks skip the quantizer, and at whose end none does, so that
+            vectors learn to differ before they become codes; 0 quantizes from the first step.
         loop: Optimisation.
     """
 
@@ -54,10 +56,11 @@ class MaskTokenizerConfig:
     losses: dict[str, float] = field(default_factory=dict)
     morphology: float = 0.3
     whole: float = 0.25
+    soft_until: float = 0.0
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        for key in ("morphology", "whole"):
+        for key in ("morphology", "whole", "soft_until"):
             if not 0 <= getattr(self, key) <= 1:
                 raise TokenloomError(f"{key} must lie between 0 and 1, got {getattr(self, key)}.")
 
