@@ -93,7 +93,7 @@ def referring(
         bool,
         typer.Option(
             "--gpl-stamps",
-            help="Add 390 stamps of Tux Paint (161 MB). They are under GPL-2, and so is the pool then.",
+            help="Add about 390 stamps of Tux Paint (161 MB). They are under GPL-2, and so is the pool then.",
         ),
     ] = False,
     cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,

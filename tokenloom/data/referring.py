@@ -212,6 +212,8 @@ def _read_scene(root: Path, number: int, line: str) -> Example | TokenloomError:
     place = f"{str(root / SCENES_FILE)!r}, line {number}"
     try:
         record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("phrases", []), list):
+            raise TokenloomError("expected an object with file, instances and a list of phrases")
         phrases = tuple(
             Phrase(str(p["text"]), str(p["kind"]), tuple(int(t) for t in p["targets"]))
             for p in record["phrases"]

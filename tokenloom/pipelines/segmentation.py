@@ -282,12 +282,10 @@ class SegmentationPipeline(Pipeline):
             mask_tokens: Codes to decode from; `None` = all that were generated.
         """
         count = len(output.codes)
-        sizes = (
-            [output.size] * count if target_sizes is None else [tuple(map(int, one)) for one in target_sizes]
-        )
+        sizes = [output.size] * count if target_sizes is None else list(target_sizes)
         if len(sizes) != count:
             raise TokenloomError(f"Expected a target size for each of the {count} phrases, got {len(sizes)}.")
-        if any(len(one) != 2 or min(one) < 1 for one in sizes):
+        if not all(isinstance(one, (tuple, list)) and len(one) == 2 and min(one) >= 1 for one in sizes):
             raise TokenloomError(
                 f"A target size is (height, width), each at least 1, got {target_sizes!r:.80}."
             )
