@@ -119,3 +119,32 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
         read_coco(tmp_path / "x.json", tmp_path)
     with pytest.raises(TokenloomError, match="Cannot read"):
         read_coco(tmp_path / "y.json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotations": [{"id": [1], "image_id": 1, "segmentation": []}]}, "an id must be"),
+        ({"categories": None}, "categories: expected a list"),
+        ({"categories": [{"id": [7], "name": "dog"}]}, "expected an id and a name"),
+        ({"annotations": [annotation(2, {"size": [10**9, 10**9], "counts": [10**18]})]}, "but the picture"),
+    ],
+)
+def test_records_of_another_shape_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    instances, _ = write(tmp_path, [annotation(1, [SQUARE])], [])
+    instances.write_text(json.dumps({**json.loads(instances.read_text()), **changes}))
+    found = [one for one in read_coco(instances, tmp_path) if isinstance(one, TokenloomError)]
+    assert found and message in str(found[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"image_id": [1]}, "image_id must be"), ({"ann_id": [[1]]}, "no annotation")],
+)
+def test_references_of_another_shape_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    reference = {"ref_id": 4, "ann_id": 1, "image_id": 1, "sentences": ["the dog"]}
+    instances, references = write(tmp_path, [annotation(1, [SQUARE])], [reference, {**reference, **change}])
+    good, bad = sorted(
+        read_coco(instances, tmp_path, references), key=lambda one: isinstance(one, TokenloomError)
+    )
+    assert isinstance(good, Example) and message in str(bad)

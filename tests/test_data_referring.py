@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections import Counter
@@ -16,11 +17,14 @@ from PIL import Image
 from referring_pools import write_pool
 
 from tokenloom.data.referring import Example, ReferringScenes, freeze_scenes, read_scenes, scene_example
-from tokenloom.data.referring_names import cut_out_name, is_quiet, nameable
+from tokenloom.data.referring_grounds import shown_by
+from tokenloom.data.referring_names import cut_out_name, nameable
 from tokenloom.data.referring_phrases import KINDS, absent_phrase, phrases_of, plural, true_phrases
 from tokenloom.data.referring_pool import Pool, build_referring, split_of
 from tokenloom.data.referring_scenes import Scene, SceneConfig, SceneMaker, Thing
+from tokenloom.data.referring_stamps import read_stamps, stamp_category, stamp_name
 from tokenloom.errors import TokenloomError
+from tokenloom.training.segmentation_task import training_pictures
 
 SMALL = SceneConfig(size=48)
 
@@ -38,7 +42,9 @@ def texts(made: Scene) -> dict[str, tuple[int, ...]]:
     return {phrase.text: phrase.targets for phrase in true_phrases(made)}
 
 
-def test_the_pool_is_built_from_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fruit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages of the emoji, with one name that can be cut out."""
     plain = fake_packages.package_files
 
     def with_subgroups(package: str) -> dict[str, Any]:
@@ -49,6 +55,10 @@ def test_the_pool_is_built_from_packages(tmp_path: Path, monkeypatch: pytest.Mon
         return files
 
     monkeypatch.setattr(fake_packages, "package_files", with_subgroups)
+
+
+@pytest.mark.usefixtures("fruit")
+def test_the_pool_is_built_from_packages(tmp_path: Path) -> None:
     report = build_referring(
         tmp_path / "pool",
         size=32,
@@ -67,6 +77,78 @@ def test_the_pool_is_built_from_packages(tmp_path: Path, monkeypatch: pytest.Mon
     assert "Ann Artist" in sources and "# Photographs" in sources
 
 
+def _fetch_stamps(registry: str, package: str, version: str, folder: Path) -> Path:
+    if package != "tuxpaint-stamps-default":
+        return test_data_photos._fetch(registry, package, version, folder)
+    stamps = {
+        "animals/birds/crow": ("A crow.\nde.utf8=Eine Kraehe.", True),
+        "household/wall": ("A wall.", False),  # opaque
+        "symbols/money/coin": ("A coin.", True),
+        "food/bread": ("Eat your bread!", True),
+    }
+    files = {}
+    for key, (caption, clear) in stamps.items():
+        picture = Image.new("RGBA", (60, 40), (0, 0, 0, 0 if clear else 255))
+        picture.paste((200, 30, 30, 255), (5, 5, 55, 35))
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        files[f"./usr/share/tuxpaint/stamps/{key}.png"] = content.getvalue()
+        files[f"./usr/share/tuxpaint/stamps/{key}.txt"] = caption.encode()
+    path = folder / f"{package}_{version}_all.deb"
+    path.write_bytes(test_data_photos._deb(files))
+    return path
+
+
+@pytest.mark.usefixtures("fruit")
+def test_stamps_come_on_demand_with_their_licence(tmp_path: Path) -> None:
+    made = {}
+    for stamps in (False, True):
+        report = build_referring(
+            tmp_path / str(stamps),
+            size=32,
+            longest=64,
+            gpl_stamps=stamps,
+            download=fake_packages.fake_download,
+            fetch=_fetch_stamps,
+        )
+        made[stamps] = Pool.open(tmp_path / str(stamps))
+        assert ("GPL-2" in report.licences) == stamps
+        assert sum(report.licences.values()) == report.pictures
+        assert ("GNU General" in (tmp_path / str(stamps) / "SOURCES.md").read_text()) == stamps
+    (crow,) = [item for item in made[True].cut_outs if item not in made[False].cut_outs]
+    assert (crow.name, crow.category, crow.colour, crow.licence) == ("crow", "animal", "red", "GPL-2")
+    assert "1 under GPL-2" in training_pictures(made[True])
+    with Image.open(tmp_path / "True" / crow.file) as picture:
+        assert picture.size == (32, 19)
+    with pytest.raises(TokenloomError, match="holds no folder"):
+        list(read_stamps(tmp_path, 32))
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("A pair of open scissors.", "open scissors"),
+        ("A \u201cFuji\u201d apple.", "fuji apple"),
+        ("An Adelaide Rosella.", "adelaide rosella"),
+        ("A knight\u2019s helmet.", "knight's helmet"),
+        ("A very small pumpkin.", "small pumpkin"),
+        ("Say cheese!", None),
+        ("A stethoscope lets your doctor listen.", None),
+        ("A bunny with an Easter egg.", None),
+        ("Two flowers.", None),
+    ],
+)
+def test_captions_of_stamps_name_things_or_nothing(caption: str, name: str | None) -> None:
+    assert stamp_name(caption) == name
+
+
+def test_categories_of_stamps() -> None:
+    assert stamp_category("animals/mammals/bears", "bear") == "animal"
+    assert stamp_category("animals/mammals/bears/toys", "bear") is None
+    assert stamp_category("vehicles", "tractor wheel") is None
+    assert stamp_category("medical", "tooth") is None
+
+
 def test_names_and_categories() -> None:
     emoji = [
         {"label": "dog face", "hexcode": "1F436", "subgroup": 1},
@@ -76,13 +158,37 @@ def test_names_and_categories() -> None:
     found = nameable(emoji, {"1": "animal-mammal", "2": "face-smiling"})
     assert found == {"1f436": ("dog", "animal"), "1fab6": ("feather", None)}
     assert cut_out_name("Two-hump camel") == "two hump camel"
-    assert is_quiet("greatWall") and not is_quiet("fish4")
     assert {split_of(f"name {i}", "3d", ("3d", "detailed")) for i in range(80)} == {
         "train",
         "val_style",
         "val",
     }
     assert "val_style" not in {split_of(f"name {i}", "3d", ("3d",)) for i in range(80)}
+
+
+def test_nothing_that_the_background_shows_is_asked_for(pool: Pool) -> None:
+    things = (Thing("apple", "fruit", "red", 0.2, 0.2, 0.5), Thing("frog", "animal", "green", 0.1, 0.5, 0.9))
+    plain = np.zeros((8, 8), np.uint8)
+    bare = Scene(plain, plain, things, True, ())
+    wild = Scene(plain, plain, things, True, ("animal", "fish"))
+    orchard = Scene(plain, plain, things, True, ("fruit", "apple", "tree"))
+    assert {"the animal", "the fruit", "the frog", "the apple"} <= set(texts(bare))
+    assert "the animal" not in texts(wild) and {"the fruit", "the frog"} <= set(texts(wild))
+    assert not any("apple" in text or "fruit" in text for text in texts(orchard))
+    crowded = Scene(plain, plain, things, True, ("object",))
+    assert "the larger object" in texts(bare) and "the larger object" not in texts(crowded)
+    maker = SceneMaker(pool, "train", SMALL)
+    assert set(maker.absent_names(bare)) == {"apple", "frog", "whale"}
+    assert set(maker.absent_names(wild)) == {"apple"}
+    assert set(maker.absent_names(orchard)) == {"frog", "whale"}
+    assert set(maker.absent_names(Scene(plain, plain, things, False))) == {"apple"}
+
+
+def test_photographs_that_were_looked_at() -> None:
+    assert shown_by("solar4") == () and shown_by("unknown") is None
+    assert "object" in (shown_by("pan") or ()) and "object" not in (shown_by("greatWall") or ())
+    assert {"animal", "fish"} <= set(shown_by("fish25") or ())
+    assert "tool" in (shown_by("igloo") or ()) and "plant" in (shown_by("greatWall") or ())
 
 
 def test_scenes_repeat_and_differ(pool: Pool) -> None:

@@ -197,6 +197,17 @@ def test_files(tmp_path):
     )
 
 
+def test_vectors_may_skip_the_quantizer():
+    tokenizer = build()
+    masks = shapes(3).float()
+    hard, quantized = tokenizer(masks)
+    soft, mixed = tokenizer(masks, soft=torch.tensor([True, False, True]))
+    assert torch.equal(mixed.codes, quantized.codes)
+    assert torch.allclose(soft[1], hard[1], atol=1e-5) and not torch.allclose(soft[0], hard[0], atol=1e-5)
+    vectors = torch.nn.functional.normalize(tokenizer.features(masks), dim=-1)
+    assert torch.allclose(soft[[0, 2]], tokenizer.paint_vectors(vectors)[[0, 2]], atol=1e-5)
+
+
 def test_the_default_is_a_small_model():
     weights = sum(value.numel() for value in MaskTokenizer().parameters())
     assert 1e6 < weights < 2e6  # at most 4 MB in half precision

@@ -42,6 +42,7 @@ def test_a_mask_tokenizer_trains_and_loads(tmp_path: Path) -> None:
     config = {
         "output": str(tmp_path / "run"),
         "whole": 1.0,
+        "soft_until": 0.2,
         "scenes": {"pool": str(write_pool(tmp_path / "pool")), "length": 20},
         "model": {"image_size": 32, "levels": 4, "encoder_config": shape, "decoder_config": shape},
         "loop": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenloom.generators import PictureWords, Sampling, orders
 from tokenloom.layouts import Layout
 from tokenloom.pipelines.segmentation import overlay
 from tokenloom.tokenizers import AnswerCodes
+from tokenloom.training.phrase_rows import place_loss, shared_logits
 from tokenloom.training.run import train_segmentation
 
 SHAPE = {"width": 24, "depth": 1, "heads": 2, "patch": 8}
@@ -126,6 +128,74 @@ def test_fewer_codes_and_other_sizes(pipe: SegmentationPipeline, picture: Image.
         pipe(picture, "apple", mask_tokens=5)
 
 
+@pytest.mark.parametrize("decode", ["cached", "reference", "parallel"])
+def test_a_call_for_fewer_codes_stops_early(
+    pipe: SegmentationPipeline, picture: Image.Image, decode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = 0
+    plain = RangedTokenGenerator.run_rows
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal forwards
+        forwards += 1
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(RangedTokenGenerator, "run_rows", counted)
+    options: dict[str, Any] = {"seed": 7, "temperature": 1.0, "decode": decode}
+    whole = pipe(picture, ["apple", "dog"], **options)
+    before, forwards = forwards, 0
+    short = pipe(picture, ["apple", "dog"], mask_tokens=2, **options)
+    assert torch.equal(short.codes, whole.codes[:, :2]) and torch.equal(short.boxes, whole.boxes)
+    masks = pipe.tokenizer.decode(whole.codes, 2, whole.size, output="mask")
+    assert torch.equal(torch.as_tensor(short.masks), masks)
+    if decode != "parallel":
+        assert (before, forwards) == (4 + 4 + 1, 4 + 2 + 1)  # box, mask, and the scores
+    else:
+        assert forwards <= before
+    with pytest.raises(TokenloomError, match=r"1\.\.8, got 9"):
+        pipe.generator.generate(batch_size=1, steps=9)
+
+
+def test_several_pictures_run_together_and_each_is_encoded_once(
+    pipe: SegmentationPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    plain = PictureEncoder.forward
+
+    def counted(self: PictureEncoder, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return plain(self, pixels)
+
+    monkeypatch.setattr(PictureEncoder, "forward", counted)
+    other = Image.new("RGB", (20, 40), "green")
+    phrases = [["the apple", "all dogs"], "the green apple"]
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 3}
+    first, second = pipe([picture, other], phrases, **options)
+    assert seen == [2]
+    for got, image, asked in ((first, picture, phrases[0]), (second, other, phrases[1])):
+        alone = pipe(image, asked, **options)
+        assert torch.equal(got.codes, alone.codes) and torch.equal(got.masks, alone.masks)
+        assert torch.allclose(got.boxes, alone.boxes) and torch.allclose(got.scores, alone.scores)
+    assert second.masks.shape == (1, 40, 20)
+    seen.clear()
+    mixed = pipe([pipe.encode_picture(picture), other], "the dog")
+    assert seen == [1, 1] and [len(one.codes) for one in mixed] == [1, 1]
+    boxed = pipe([picture, other], boxes=[[[0, 0, 48, 24], [5, 5, 20, 20]], [[0, 0, 20, 20]]])
+    assert torch.equal(boxed[1].codes, pipe(other, boxes=[[0, 0, 20, 20]]).codes) and len(boxed[0].codes) == 2
+    ((masks, *_),) = pipe([other], ["dog"], return_dict=False)
+    assert masks.shape == (1, 40, 20)
+    for images, asked, message in (
+        ([], "dog", "at least one picture"),
+        ([picture, other], ["dog"], "2 pictures there must be a list with the phrases of each, got 1"),
+        ([picture, other], ["dog", ""], "Picture 1: .*empty"),
+        ([picture, other], ["dog", 3], "Picture 1: "),
+    ):
+        with pytest.raises(TokenloomError, match=message):
+            pipe(images, asked)
+    with pytest.raises(TokenloomError, match="come with boxes or none"):
+        pipe([picture, other], ["dog", "dog"], boxes=[[[0, 0, 9, 9]], None])
+
+
 def test_a_box_is_a_prompt(pipe: SegmentationPipeline, picture: Image.Image) -> None:
     output = pipe(picture, boxes=[[0, 0, 48, 24]])
     assert torch.allclose(output.boxes[0], torch.tensor([0.0, 0.0, 48.0, 24.0]), atol=48 / 7 / 2)
@@ -139,7 +209,7 @@ def test_a_box_is_a_prompt(pipe: SegmentationPipeline, picture: Image.Image) -> 
 
 def test_nothing_is_an_empty_mask(pipe: SegmentationPipeline) -> None:
     codes = torch.full((1, 4), pipe.tokenizer.empty_code)
-    assert not pipe._render(codes, None, (7, 9), "np").any()  # type: ignore[union-attr]
+    assert not pipe._render(codes, (7, 9), "np").any()  # type: ignore[union-attr]
 
 
 def test_alpha_and_rotation_are_handled(pipe: SegmentationPipeline) -> None:
@@ -226,6 +296,7 @@ def test_both_models_train(segmenter: str, tmp_path: Path) -> None:
         "unet": {"image_size": 32, "channels": [8, 16], "phrase": 16},
         "phrases": 2,
         "mask_loss": 0.5,
+        "place_loss": 0.5,
         "loop": {"steps": 3, "batch_size": 4, "warmup": 1, "log_every": 1, "ema": 0.5},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
@@ -238,3 +309,44 @@ def test_both_models_train(segmenter: str, tmp_path: Path) -> None:
         network, words = FilmUNet.from_pretrained(folder), WordTokenizer.from_pretrained(folder)
         assert network.segment(image, ["the apple", "the frog"], words).shape == (2, 32, 40)
     assert list((tmp_path / "run" / "samples").glob("*.png"))
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert ("places" in row) == (segmenter == "tokens")
+
+
+@pytest.mark.parametrize("learned", [0, 29])
+def test_phrases_share_the_rows_of_their_picture(pipe: SegmentationPipeline, learned: int) -> None:
+    torch.manual_seed(2)
+    options = {key: value for key, value in pipe.generator.config.items() if not key.startswith("_")}
+    shape = {"width": 24, "heads": 2, "depth": 2, "learned_positions": learned}
+    generator = RangedTokenGenerator(**{**options, "transformer_config": shape, "causal_prefix": True})
+    features, words = torch.randn(2, 16, 24), torch.randint(0, 6, (6, 5))
+    low, high = pipe.answers.masks, pipe.answers.vocabulary
+    answers = torch.cat((torch.randint(low, high, (6, 4)), torch.randint(0, low, (6, 4))), dim=1)
+    alone = generator.logits(answers, PictureWords(features.repeat_interleave(3, 0), words))
+    shared = shared_logits(generator, features, words, answers)
+    assert shared.shape == alone.shape and torch.allclose(shared, alone, atol=1e-5)
+    changed = shared_logits(generator, features, words.index_fill(0, torch.tensor([1]), 3), answers)
+    assert torch.equal(changed[[0, 2]], shared[[0, 2]]) and not torch.equal(changed[1], shared[1])
+    with pytest.raises(TokenloomError, match="causal_prefix"):
+        shared_logits(pipe.generator, features, words, answers)
+
+
+def test_places_name_what_they_show() -> None:
+    instances = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    instances[0, :2, :2], instances[0, 2:, 3] = 1, 2
+    things = torch.tensor([[[2, 3], [4, 0]]])
+    chances = torch.full((1, 4, 5), 1e-9)
+    chances[0, 0, [2, 3]] = 0.5  # object 1 everywhere: both of its words
+    chances[0, [1, 2], 0] = 1.0  # background
+    chances[0, 3, [0, 4]] = 0.5  # half of it object 2
+    best = place_loss(chances.log(), instances, things)
+    assert float(best) == pytest.approx(2 * np.log(2) / 4, rel=1e-4)
+    assert float(place_loss(chances[:, [3, 1, 2, 0]].log(), instances, things)) > 2
+
+
+def test_a_unet_of_patches_writes_every_pixel() -> None:
+    network = FilmUNet(32, [8, 16], 16, 6, 5, patch=4)
+    words = torch.randint(0, 6, (2, 5))
+    assert network(torch.zeros(2, 3, 32, 32), words).shape == (2, 32, 32)
+    with pytest.raises(TokenloomError, match="divisible by patch"):
+        FilmUNet(32, [8, 16], patch=5)

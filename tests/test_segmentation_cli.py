@@ -42,6 +42,13 @@ def test_segment_writes_masks_and_an_overlay(model: Path, tmp_path: Path) -> Non
         app, ["segment", str(tmp_path / "a.png"), "qwv", "-m", str(model), "-o", str(out)]
     )
     assert failed.exit_code == 2
+    for taken in (tmp_path / "a.png", out):
+        words = ["segment", tmp_path / "a.png", "the apple", "-m", model, "-o", out, "--overlay", taken]
+        assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 2
+    next((model / "generator").glob("*.safetensors")).unlink()
+    words = ["segment", tmp_path / "a.png", "the apple", "-m", model, "-o", out]
+    failed = CliRunner().invoke(app, [str(word) for word in words])
+    assert failed.exit_code == 2 and "not whole" in " ".join(failed.output.split())
 
 
 def test_scenes_are_frozen_and_evaluated(model: Path, tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ def segment(
 
     for path in (output, *([overlay] if overlay else [])):
         media.check_output(path)
+    if overlay is not None and overlay.resolve() in (output.resolve(), image.resolve()):
+        raise TokenloomError(f"--overlay would replace {overlay}; choose another name.")
+    if output.resolve() == image.resolve():
+        raise TokenloomError(f"--output would replace the picture {image}; choose another name.")
     picture = media.open_image(image)
     pipe = segmentation.SegmentationPipeline.from_pretrained(folder).to(_device(device))
     result = pipe(picture, phrases, mask_tokens=mask_tokens, guidance_scale=guidance, output_type="np")
@@ -85,17 +89,30 @@ def segment(
 def referring(
     out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
     size: Annotated[int, typer.Option(help="Longest side of a drawing in pixels.")] = 128,
+    gpl_stamps: Annotated[
+        bool,
+        typer.Option(
+            "--gpl-stamps",
+            help="Add about 390 stamps of Tux Paint (161 MB). They are under GPL-2, and so is the pool then.",
+        ),
+    ] = False,
     cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
 ) -> None:
     """Build the pool of cut-outs and photographs that scenes for segmentation by phrase are made of."""
     from tokenloom.data.referring_pool import build_referring
 
-    report = build_referring(out, size=size, cache_dir=cache)
+    report = build_referring(out, size=size, gpl_stamps=gpl_stamps, cache_dir=cache)
     parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
     _OUT.print(
         f"{report.folder}: {report.pictures:,} pictures (cut-outs: {parts}) in {report.seconds:.0f} s",
         markup=False,
     )
+    under = ", ".join(f"{name} {count:,}" for name, count in report.licences.items())
+    _OUT.print(f"licences: {under}; SOURCES.md credits each work", markup=False)
+    if gpl_stamps:
+        _OUT.print(
+            "This pool holds pictures under GPL-2: pass it on under the same licence only.", markup=False
+        )
 
 
 def referring_scenes(
@@ -132,8 +149,10 @@ def evaluate_segmentation(
         list[int], typer.Option(help="Also decode from so many codes (may be repeated).")
     ] = [],  # noqa: B006
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Most pictures.")] = None,
-    code_masks: Annotated[int, typer.Option(help="Masks of the comparison of codes; 0 for none.")] = 200,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most pictures.")] = None,
+    code_masks: Annotated[
+        int, typer.Option(min=0, help="Masks of the comparison of codes; 0 for none.")
+    ] = 200,
     device: DeviceOption = "auto",
 ) -> None:
     """Measure segmentation by phrase beside its baselines, and mask tokens beside classical codes."""

@@ -74,10 +74,14 @@ def _examples(
     yield from errors
     wanted: dict[Any, list[tuple[str, str, str, tuple[Any, ...]]]] = {}  # image -> (record, text, kind, ids)
     if references is None:
-        titles = {one.get("id"): one.get("name") for one in content.get("categories", [])}
+        titles, errors = _titles(content.get("categories"))
+        yield from errors
         groups: dict[tuple[Any, Any], list[Any]] = {}
         for key, one in annotations.items():
-            groups.setdefault((one["image_id"], one.get("category_id")), []).append(key)
+            category = one.get("category_id")
+            groups.setdefault((one["image_id"], category if _is_id(category) else repr(category)), []).append(
+                key
+            )
         for (image, category), ids in groups.items():
             record = f"category {category!r} of image {image!r}"
             if category not in titles:
@@ -110,10 +114,32 @@ def _index(content: dict[str, Any]) -> tuple[dict[Any, Any], dict[Any, Any], lis
             missing = [name for name in needed if not isinstance(record, dict) or name not in record]
             if missing:
                 errors.append(TokenloomError(f"{key}[{number}]: without {', '.join(missing)}."))
+            elif not all(_is_id(record[name]) for name in needed if name.endswith("id")):
+                errors.append(TokenloomError(f"{key}[{number}]: an id must be a number or a text."))
             else:
                 records[record["id"]] = record
         found.append(records)
     return found[0], found[1], errors
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str))
+
+
+def _titles(categories: Any) -> tuple[dict[Any, str], list[TokenloomError]]:
+    """Names of the categories by id, and an error for each that has none."""
+    if not isinstance(categories, list):
+        return {}, [TokenloomError("categories: expected a list of {id, name}, from which phrases are made.")]
+    good = [
+        isinstance(one, dict) and _is_id(one.get("id")) and isinstance(one.get("name"), str)
+        for one in categories
+    ]
+    errors = [
+        TokenloomError(f"categories[{number}]: expected an id and a name, got {categories[number]!r:.60}.")
+        for number, right in enumerate(good)
+        if not right
+    ]
+    return {one["id"]: one["name"] for one, right in zip(categories, good, strict=True) if right}, errors
 
 
 def _reference(
@@ -123,16 +149,18 @@ def _reference(
         raise TokenloomError(f"references[{number}]: expected an object, got {reference!r:.60}.")
     record = f"reference {reference.get('ref_id', number)!r}"
     if split is not None and reference.get("split") != split:
-        return reference.get("image_id"), []
+        return None, []
     ids = reference.get("ann_ids", [reference["ann_id"]] if "ann_id" in reference else None)
     ids = [] if ids in ([-1], [None]) else ids  # a phrase that means nothing, as gRefCOCO writes it
     sentences = reference.get("sentences")
     if not isinstance(ids, list) or not isinstance(sentences, list) or not sentences:
         raise TokenloomError(f"{record}: expected ann_id or ann_ids, and a list of sentences.")
     for one in ids:
-        if one not in annotations:
+        if not _is_id(one) or one not in annotations:
             raise TokenloomError(f"{record}: there is no annotation {one!r}.")
     image = reference.get("image_id", annotations[ids[0]]["image_id"] if ids else None)
+    if not _is_id(image):
+        raise TokenloomError(f"{record}: image_id must be a number or a text, got {image!r:.60}.")
     if any(annotations[one]["image_id"] != image for one in ids):
         raise TokenloomError(f"{record}: its annotations belong to another image than {image!r}.")
     phrases = []
@@ -182,10 +210,12 @@ def segmentation_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     if isinstance(segmentation, Mapping):
         from tokenloom.tokenizers.mask_formats import rle_to_mask
 
-        mask = rle_to_mask(segmentation).numpy()
-        if mask.shape != size:
-            raise TokenloomError(f"the mask is {mask.shape}, but the picture is {size} (height, width).")
-        return mask
+        given = segmentation.get("size")
+        if isinstance(given, list) and given != list(size):  # before it is unpacked: it may claim any size
+            raise TokenloomError(
+                f"the mask is {given!r:.60}, but the picture is {list(size)} (height, width)."
+            )
+        return rle_to_mask(segmentation).numpy()
     if not isinstance(segmentation, list) or not segmentation:
         raise TokenloomError(
             f"a segmentation is a list of polygons or run lengths, got {segmentation!r:.60}."

@@ -54,6 +54,7 @@ class BuildReport:
         styles: Pictures of each style.
         groups: Pictures of each group.
         splits: Pictures of each split.
+        licences: Pictures under each licence, where a recipe counts them.
         seconds: How long it took, downloads included.
     """
 
@@ -62,6 +63,7 @@ class BuildReport:
     styles: dict[str, int] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     splits: dict[str, int] = field(default_factory=dict)
+    licences: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @classmethod

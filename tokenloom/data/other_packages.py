@@ -71,6 +71,15 @@ def fetch_package(registry: str, package: str, version: str, folder: Path) -> Pa
     return made[0]
 
 
+def unpacked_package(
+    registry: str, package: str, version: str, cache: Path, folder: Path, fetch: Fetch
+) -> Path:
+    """A package out of `cache`, or fetched into it, unpacked into the new folder `folder`/`package`, which is returned."""
+    kept = sorted(cache.glob(f"{package.replace('-', '[-_]')}[-_]*"))
+    file = kept[0] if kept else fetch(registry, package, version, cache)
+    return unpack_package(file, folder / package)
+
+
 def unpack_package(file: Path, folder: Path) -> Path:
     """Unpacks a .deb or a wheel into a new folder, which is returned; names that leave it are refused.
 

@@ -26,7 +26,7 @@ from tokenloom.data.other_packages import (
     permission_of,
     read_copyright,
     read_rcc,
-    unpack_package,
+    unpacked_package,
 )
 from tokenloom.errors import TokenloomError
 from tokenloom.media import to_rgb
@@ -124,7 +124,7 @@ def build_photos(
 
 def _photos(cache: Path, work: Path, fetch: Fetch, longest: int) -> Iterator[Photo]:
     for package, version in (_WALLPAPERS, _GAME):
-        folder = _unpacked("debian", package, version, cache, work, fetch)
+        folder = unpacked_package("debian", package, version, cache, work / "unpacked", fetch)
         permissions = read_copyright(
             (folder / f"usr/share/doc/{package}/copyright").read_text(encoding="utf-8")
         )
@@ -139,7 +139,7 @@ def _photos(cache: Path, work: Path, fetch: Fetch, longest: int) -> Iterator[Pho
                     f"{package}@{version}",
                 )
     for (package, version), (place, files) in _WHEELS.items():
-        folder = _unpacked("pypi", package, version, cache, work, fetch)
+        folder = unpacked_package("pypi", package, version, cache, work / "unpacked", fetch)
         for name, licence in files.items():
             content = (folder / place / name).read_bytes()
             yield Photo(Path(name).stem, _open(content, longest), licence, package, f"{package}@{version}")
@@ -163,12 +163,6 @@ def _open(content: bytes, longest: int) -> Image.Image:
         picture = to_rgb(opened)
     picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     return picture
-
-
-def _unpacked(registry: str, package: str, version: str, cache: Path, work: Path, fetch: Fetch) -> Path:
-    kept = sorted(cache.glob(f"{package.replace('-', '[-_]')}[-_]*"))
-    file = kept[0] if kept else fetch(registry, package, version, cache)
-    return unpack_package(file, work / "unpacked" / package)
 
 
 def _pictures(photo: Photo, crops: int, size: int, seed: int) -> Iterator[Image.Image]:

@@ -17,7 +17,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,18 +56,38 @@ class Example:
     instances: np.ndarray | None = None
 
 
+class TrainingSample(NamedTuple):
+    """A scene with some phrases.
+
+    Attributes:
+        picture: uint8 (S, S, 3).
+        texts: n phrases.
+        masks: Bool (n, S, S), what each means.
+        instances: uint8 (S, S): 0 is background, i + 1 is visible object i.
+        things: The words of each object: colour, name and category, as far as they are known.
+    """
+
+    picture: np.ndarray
+    texts: list[str]
+    masks: np.ndarray
+    instances: np.ndarray
+    things: list[str]
+
+
 def scene_example(maker: SceneMaker, seed: int) -> tuple[Scene, list[Phrase]]:
     """A scene with all its phrases, for evaluation."""
     scene = maker.scene(seed)
     return scene, phrases_of(scene, maker.absent_names(scene), random.Random(f"phrases {seed}"))
 
 
-def training_sample(maker: SceneMaker, seed: int, count: int) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """A scene for training: picture uint8 (S, S, 3), `count` phrases, their masks bool (count, S, S)."""
+def training_sample(maker: SceneMaker, seed: int, count: int) -> TrainingSample:
+    """A scene for training, with `count` phrases."""
     scene = maker.scene(seed)
     phrases = draw_phrases(scene, maker.absent_names(scene), count, random.Random(f"phrases {seed}"))
     masks = np.stack([scene.mask(phrase.targets) for phrase in phrases])
-    return scene.picture, [phrase.text for phrase in phrases], masks
+    texts = [phrase.text for phrase in phrases]
+    things = [" ".join(filter(None, (thing.colour, thing.name, thing.category))) for thing in scene.things]
+    return TrainingSample(scene.picture, texts, masks, scene.instances, things)
 
 
 class ReferringScenes(Dataset[dict[str, Any]]):
@@ -111,8 +131,12 @@ class ReferringScenes(Dataset[dict[str, Any]]):
         """{"pixels": float (3, S, S) in [-1, 1], "texts": list of str, "masks": bool (n, S, S)} of a scene."""
         if not 0 <= index < self.length:
             raise IndexError(index)
-        picture, texts, masks = training_sample(self.maker, scene_seed(self.seed, index), self.phrases)
-        return {"pixels": picture_pixels(picture), "texts": texts, "masks": torch.from_numpy(masks)}
+        made = training_sample(self.maker, scene_seed(self.seed, index), self.phrases)
+        return {
+            "pixels": picture_pixels(made.picture),
+            "texts": made.texts,
+            "masks": torch.from_numpy(made.masks),
+        }
 
 
 def scene_seed(seed: int, index: int) -> int:
@@ -188,6 +212,8 @@ def _read_scene(root: Path, number: int, line: str) -> Example | TokenloomError:
     place = f"{str(root / SCENES_FILE)!r}, line {number}"
     try:
         record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("phrases", []), list):
+            raise TokenloomError("expected an object with file, instances and a list of phrases")
         phrases = tuple(
             Phrase(str(p["text"]), str(p["kind"]), tuple(int(t) for t in p["targets"]))
             for p in record["phrases"]
@@ -197,6 +223,8 @@ def _read_scene(root: Path, number: int, line: str) -> Example | TokenloomError:
             instances = np.array(opened.convert("L"))
         if instances.shape != (picture.height, picture.width):
             raise TokenloomError(f"the instances have another size than {record['file']!r}")
+        if any(target < 0 for phrase in phrases for target in phrase.targets):
+            raise TokenloomError("a phrase means an object below 0")
         last = max((target for phrase in phrases for target in phrase.targets), default=-1)
         if last >= instances.max(initial=0):
             raise TokenloomError(f"a phrase means object {last}, which the instances do not show")

@@ -68,21 +68,15 @@ _LEFT_OUT = frozenset(  # whole scenes, squares without an outline, and signs
 OTHER = "object"
 """The category of things that are certainly in none of the others; no phrase names it."""
 SILENT = (OTHER, "building")
-"""Categories that no phrase names: quiet photographs show buildings."""
+"""Categories that no phrase names: many photographs show buildings."""
 LIVING = ("animal", "plant")
-"""Categories that other photographs may show."""
+"""Categories that unknown photographs may show."""
 BROADER = {"food": ("fruit", "vegetable"), "plant": ("fruit", "vegetable"), "drink": ("food",)}
 """Categories that a phrase with the key may also be understood to mean."""
 
-_QUIET = "greatWall leMusee leaningTower zimniPalace igloo dam2 dam3 solar windmill china sunset_by picosdeeuropa_by"
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "gray", "black")
 _HUES = ((12, "red"), (42, "orange"), (68, "yellow"), (165, "green"), (258, "blue"), (292, "purple"))
 _DOMINANT = 0.5  # share of the pixels that makes a thing "the green ..."
-
-
-def is_quiet(background: str) -> bool:
-    """Whether a photograph, by its name, shows buildings or landscapes alone, so that "the animal" is unambiguous."""
-    return background.startswith(tuple(_QUIET.split()))
 
 
 def cut_out_name(label: str) -> str:

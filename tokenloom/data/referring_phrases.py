@@ -1,7 +1,7 @@
 """Phrases about a scene that are true by construction, each with the objects it means.
 
 Ambiguous phrases are never made: a name is unique only if no other object's name contains its words, places and sizes need
-a clear margin, categories a background without living things. Knows scenes; knows nothing of pictures or files.
+a clear margin, and nothing is asked for that the background shows. Knows scenes; knows nothing of pictures or files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenloom.data.referring_names import BROADER, COLOURS, SILENT
+from tokenloom.data.referring_names import BROADER, COLOURS, OTHER, SILENT
 from tokenloom.data.referring_pool import Pool
 from tokenloom.data.referring_scenes import Scene, Thing
 
@@ -94,12 +94,13 @@ def true_phrases(scene: Scene) -> list[Phrase]:
     groups: dict[str, list[int]] = {}  # a noun -> the objects that it can mean
     for thing in things:
         same = _of_name(things, thing.name)
-        if all(things[index].name == thing.name for index in same):
+        clear = not set(thing.name.split()) & set(scene.shows)
+        if clear and all(things[index].name == thing.name for index in same):
             groups[thing.name] = same
     found = _names_and_colours(things, groups)
     if scene.quiet:
         for category in dict.fromkeys(thing.category for thing in things if thing.category):
-            if category in SILENT:
+            if category in SILENT or category in scene.shows:
                 continue
             members = _of_category(things, category)
             if members is not None:
@@ -110,7 +111,7 @@ def true_phrases(scene: Scene) -> list[Phrase]:
         if len(members) > 1:
             found.append(Phrase(f"all {plural(noun)}", "all", tuple(members)))
             found += _places(things, noun, members)
-    found += _sizes(things, groups)
+    found += _sizes(things, groups, OTHER not in scene.shows)
     found += _relations(things, groups)
     return list({phrase.text: phrase for phrase in found}.values())
 
@@ -141,9 +142,10 @@ def _places(things: Sequence[Thing], noun: str, members: list[int]) -> list[Phra
     return found
 
 
-def _sizes(things: Sequence[Thing], groups: dict[str, list[int]]) -> list[Phrase]:
+def _sizes(things: Sequence[Thing], groups: dict[str, list[int]], alone: bool) -> list[Phrase]:
+    """Phrases of size; of all objects only where they are alone."""
     found = []
-    for noun, members in [*groups.items(), ("object", list(range(len(things))))]:
+    for noun, members in [*groups.items(), *([("object", list(range(len(things))))] if alone else [])]:
         if len(members) < 2:
             continue
         ranked = sorted(members, key=lambda index: things[index].area)
@@ -189,7 +191,8 @@ def absent_phrase(scene: Scene, names: Sequence[str], rng: random.Random) -> Phr
     `names` must hold none that the background may show (`SceneMaker.absent_names`).
     """
     things = scene.things
-    coloured = [thing for thing in things if thing.colour and not set(thing.name.split()) & set(COLOURS)]
+    taken = {*COLOURS, *scene.shows}
+    coloured = [thing for thing in things if thing.colour and not set(thing.name.split()) & taken]
     if coloured and rng.random() < 0.3:
         noun = rng.choice(coloured).name
         same = _of_name(things, noun)

@@ -5,8 +5,8 @@
     bg/*.webp      RGB photographs
     SOURCES.md     credits and licences
 
-Builds the folder from the packages of the emoji and photograph recipes (permissive licences alone) and reads it. A folder
-made by other means, with pictures of other licences, reads as well. Knows nothing of scenes and phrases.
+Builds the folder from the packages of the emoji and photograph recipes (permissive licences alone), on demand also from stamps
+under the GPL, and reads it. A folder made by other means reads as well. Knows nothing of scenes and phrases.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from tokenloom.data.emoji_sources import (
     match_icons,
     sources_text,
 )
-from tokenloom.data.other_packages import Fetch, fetch_package
+from tokenloom.data.other_packages import Fetch, fetch_package, unpacked_package
 from tokenloom.data.photos import build_photos
-from tokenloom.data.referring_names import STYLES, colour_of, is_quiet, nameable
+from tokenloom.data.referring_grounds import shown_by
+from tokenloom.data.referring_names import STYLES, colour_of, nameable
+from tokenloom.data.referring_stamps import CREDIT, LICENCE, PACKAGE, VERSION, read_stamps
 from tokenloom.data.render import icon_svg, render_svg, require_renderer
 from tokenloom.data.splits import TRAIN, VAL, VAL_STYLE, hash_fraction
 from tokenloom.errors import TokenloomError, unknown_name
@@ -76,7 +78,8 @@ class Background:
 
     Attributes:
         file: Path of the picture inside the pool.
-        quiet: Whether it shows neither animals nor plants nor things, so that phrases of a category are unambiguous.
+        quiet: Whether it is known what it shows, so that phrases of other categories are unambiguous.
+        shows: Words for what it shows, categories and names: no phrase means any of it, present or absent.
         split: "train" or "val".
         licence: SPDX name.
         source: "package@version".
@@ -84,6 +87,7 @@ class Background:
 
     file: str
     quiet: bool = False
+    shows: Sequence[str] = ()
     split: str = TRAIN
     licence: str = ""
     source: str = ""
@@ -146,6 +150,12 @@ class Pool:
                 ) from error
         return self._pictures[file, mode]
 
+    def licences(self) -> dict[str, int]:
+        """How many cut-outs and photographs there are under each licence, the most frequent first."""
+        return dict(
+            Counter(item.licence or "unknown" for item in (*self.cut_outs, *self.backgrounds)).most_common()
+        )
+
     def part(self, split: str) -> Pool:
         """The cut-outs of one split, on the backgrounds of "train" or of "val".
 
@@ -193,6 +203,7 @@ def build_referring(
     *,
     size: int = 128,
     longest: int = 512,
+    gpl_stamps: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     download: registry_packages.Download | None = None,
     fetch: Fetch = fetch_package,
@@ -203,12 +214,14 @@ def build_referring(
         out: The folder to make; it must not exist or be empty.
         size: Longest side that a drawing is rendered at, in pixels.
         longest: Longest side of a photograph in pixels.
+        gpl_stamps: Whether to add the stamps of Tux Paint, most of them photographs cut out by hand. They are under the GPL, so
+            that a pool with them is as well; the splits of the other pictures stay as they are without them.
         cache_dir: Where downloaded packages are kept for the next time; None keeps nothing.
         download: Replaces `npm pack`.
         fetch: Replaces the clients of the other registries.
 
     Returns:
-        A `BuildReport`; its pictures are cut-outs and backgrounds, its groups the categories.
+        A `BuildReport`; its pictures are cut-outs and backgrounds, its groups the categories; it counts licences.
 
     Raises:
         TokenloomError: If an argument is wrong, `out` is not empty, a tool is missing or a download fails. `out` is then as
@@ -226,6 +239,11 @@ def build_referring(
         target = work / "set"
         cut_outs, credits = _draw(target, work, Packages(cache, work / "unpacked", download), size)
         os.utime(work)
+        if gpl_stamps:
+            package = unpacked_package("debian", PACKAGE, VERSION, cache, work / "stamps", fetch)
+            cut_outs += _stamps(target, package, size)
+            credits += CREDIT
+            os.utime(work)
         backgrounds, photo_credits = _photographs(target, work / "photos", cache, longest, fetch)
         content = {
             "cut_outs": [asdict(item) for item in cut_outs],
@@ -238,6 +256,7 @@ def build_referring(
         pictures=len(cut_outs) + len(backgrounds),
         groups=dict(Counter(item.category or "other" for item in cut_outs)),
         splits=dict(Counter(item.split for item in cut_outs)),
+        licences=Pool(Path(out), tuple(cut_outs), tuple(backgrounds)).licences(),
         seconds=time.monotonic() - started,
     )
 
@@ -293,6 +312,30 @@ def _draw(target: Path, work: Path, loader: Packages, size: int) -> tuple[list[C
     return cut_outs, sources_text(credits, names_licence, size, "webp with alpha, quality 90")
 
 
+def _stamps(target: Path, package: Path, size: int) -> list[CutOut]:
+    """Writes the stamps of an unpacked package into `target`/cut; returns their records."""
+    stamps = list(read_stamps(package, size))
+    of_name: dict[str, list[str]] = {}
+    for stamp in stamps:
+        of_name.setdefault(stamp.name, []).append(stamp.key)
+    cut_outs = []
+    for stamp in stamps:
+        file = f"cut/stamp-{stamp.key.replace('/', '-')}.webp"
+        stamp.picture.save(target / file, quality=90, method=4)
+        cut_outs.append(
+            CutOut(
+                file=file,
+                name=stamp.name,
+                category=stamp.category,
+                colour=colour_of(stamp.picture),
+                split=split_of(stamp.name, stamp.key, of_name[stamp.name]),
+                licence=LICENCE,
+                source=f"{PACKAGE}@{VERSION}",
+            )
+        )
+    return cut_outs
+
+
 def _photographs(
     target: Path, scratch: Path, cache: Path, longest: int, fetch: Fetch
 ) -> tuple[list[Background], str]:
@@ -301,13 +344,14 @@ def _photographs(
     backgrounds = []
     (target / "bg").mkdir()
     for caption in read_captions(scratch):
-        file = f"bg/{caption.file}"
+        file, shown = f"bg/{caption.file}", shown_by(str(caption.concept))
         with Image.open(scratch / caption.file) as picture:
             picture.convert("RGB").save(target / file, quality=92, method=4)
         backgrounds.append(
             Background(
                 file=file,
-                quiet=is_quiet(str(caption.concept)),
+                quiet=shown is not None,
+                shows=tuple(shown or ()),
                 split=str(caption.split),
                 licence=str(caption.licence),
                 source=str(caption.source),

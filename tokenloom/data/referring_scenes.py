@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from tokenloom.data.referring_names import COLOURS, LIVING, colour_of
-from tokenloom.data.referring_pool import CutOut, Pool
+from tokenloom.data.referring_pool import Background, CutOut, Pool
 from tokenloom.errors import TokenloomError
 
 _COUNTS = (0.2, 0.3, 0.3, 0.2)  # of 1, 2, 3 and 4 objects
@@ -90,13 +90,15 @@ class Scene:
         picture: uint8 (S, S, 3).
         instances: uint8 (S, S): 0 is background, i + 1 is visible object i.
         things: Its objects.
-        quiet: Whether the background leaves phrases of a category unambiguous.
+        quiet: Whether it is known what the background shows.
+        shows: Words for what it shows; nothing that they name is asked for.
     """
 
     picture: np.ndarray
     instances: np.ndarray
     things: tuple[Thing, ...]
     quiet: bool
+    shows: tuple[str, ...] = ()
 
     def mask(self, targets: tuple[int, ...]) -> np.ndarray:
         """Bool (S, S) of the visible pixels of some objects; empty for none."""
@@ -121,24 +123,22 @@ class SceneMaker:
 
     def __init__(self, pool: Pool, split: str = "train", config: SceneConfig | None = None) -> None:
         self.pool, self.split, self.config = pool.part(split), split, config or SceneConfig()
+        self._strange_names: dict[tuple[bool, tuple[str, ...]], tuple[str, ...]] = {}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The names of the split's cut-outs, each once."""
         return tuple(sorted({item.name for item in self.pool.cut_outs}))
 
-    @cached_property
-    def _strange_names(self) -> dict[bool, tuple[str, ...]]:
-        shown = {True: ("building",), False: ("building", *LIVING)}
-        hidden = {
-            quiet: {item.name for item in self.pool.cut_outs if item.category in (None, *kinds)}
-            for quiet, kinds in shown.items()
-        }
-        return {quiet: tuple(n for n in self.names if n not in names) for quiet, names in hidden.items()}
-
     def absent_names(self, scene: Scene) -> tuple[str, ...]:
         """Names of the split that the background of a scene cannot show by chance."""
-        return self._strange_names[scene.quiet]
+        key = scene.quiet, scene.shows
+        if key not in self._strange_names:
+            kinds = (None, "building", *scene.shows, *(() if scene.quiet else LIVING))
+            hidden = {item.name for item in self.pool.cut_outs if item.category in kinds}
+            hidden |= {name for name in self.names if set(name.split()) & set(scene.shows)}
+            self._strange_names[key] = tuple(name for name in self.names if name not in hidden)
+        return self._strange_names[key]
 
     @cached_property
     def _by_name(self) -> dict[str, list[CutOut]]:
@@ -151,24 +151,24 @@ class SceneMaker:
     def scene(self, seed: int) -> Scene:
         """The scene of a seed; at least one object is in it."""
         rng = random.Random(f"scene {seed}")
-        ground, quiet = self._ground(rng)
+        ground, item = self._ground(rng)
         placed, instances = self._place(rng)
         canvas = np.asarray(ground, dtype=np.float32)
-        for item in placed:
-            canvas = self._paste(canvas, item, rng)
+        for one in placed:
+            canvas = self._paste(canvas, one, rng)
         size = self.config.size
         things = []
-        for index, item in enumerate(placed):
+        for index, one in enumerate(placed):
             rows, columns = np.nonzero(instances == index + 1)
             middle = ((columns.mean() + 0.5) / size, (rows.mean() + 0.5) / size)
-            things.append(replace(item.thing, area=len(rows) / size**2, x=middle[0], y=middle[1]))
-        return Scene(self._finish(canvas, rng), instances, tuple(things), quiet)
+            things.append(replace(one.thing, area=len(rows) / size**2, x=middle[0], y=middle[1]))
+        return Scene(self._finish(canvas, rng), instances, tuple(things), item.quiet, tuple(item.shows))
 
     def masks(self, seed: int) -> np.ndarray:
         """uint8 (S, S) instances of a scene of a seed, without painting the picture: for mask tokenizers."""
         return self._place(random.Random(f"masks {seed}"))[1]
 
-    def _ground(self, rng: random.Random) -> tuple[Image.Image, bool]:
+    def _ground(self, rng: random.Random) -> tuple[Image.Image, Background]:
         item = rng.choice(self.pool.backgrounds)
         picture, size = self.pool.picture(item.file, "RGB"), self.config.size
         side = min(picture.size) * rng.uniform(0.4, 1.0)
@@ -177,7 +177,7 @@ class SceneMaker:
         ground = picture.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
         if rng.random() < 0.5:
             ground = ground.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return ImageEnhance.Brightness(ground).enhance(rng.uniform(0.7, 1.2)), item.quiet
+        return ImageEnhance.Brightness(ground).enhance(rng.uniform(0.7, 1.2)), item
 
     def _choose(self, rng: random.Random, before: list[tuple[CutOut, bool]]) -> tuple[CutOut, bool]:
         """The next cut-out, and whether its hue is turned."""

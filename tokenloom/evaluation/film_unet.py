@@ -44,6 +44,8 @@ class FilmUNet(ModelMixin, ConfigMixin):
         phrase: Width of a phrase.
         vocabulary: Number of word ids.
         words: Words a phrase T.
+        patch: Side of the squares of pixels that the finest level has in its channels: the network computes on a grid of
+            S / patch places and writes patch x patch logits a place, at a fraction of the work.
     """
 
     config_name = "config.json"  # type: ignore[assignment]
@@ -56,31 +58,33 @@ class FilmUNet(ModelMixin, ConfigMixin):
         phrase: int = 128,
         vocabulary: int = 1000,
         words: int = 8,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         widths = list(channels or [32, 64, 96, 128, 192])
-        if any(width % 8 for width in widths) or image_size % 2 ** (len(widths) - 1):
+        if patch < 1 or any(width % 8 for width in widths) or image_size % (patch * 2 ** (len(widths) - 1)):
             raise TokenloomError(
-                f"channels must be multiples of 8, and image_size divisible by {2 ** (len(widths) - 1)}, got {widths} and "
-                f"{image_size}."
+                f"channels must be multiples of 8, patch at least 1, and image_size divisible by patch times "
+                f"{2 ** (len(widths) - 1)}, got {widths}, {patch} and {image_size}."
             )
-        self.image_size, self.words = image_size, words
+        self.image_size, self.words, self.patch = image_size, words, patch
         self.table = nn.Embedding(vocabulary, phrase)
         self.place = nn.Parameter(torch.randn(words, phrase) * 0.02)
         self.reader = nn.Sequential(nn.Linear(phrase, phrase), nn.GELU(), nn.Linear(phrase, phrase))
         self.down = nn.ModuleList(
-            _FilmBlock(given, width, phrase) for given, width in zip([3, *widths], widths, strict=False)
+            _FilmBlock(given, width, phrase)
+            for given, width in zip([3 * patch**2, *widths], widths, strict=False)
         )
         pairs = list(zip(widths[::-1], widths[-2::-1], strict=False))
         self.up = nn.ModuleList(_FilmBlock(deep + fine, fine, phrase) for deep, fine in pairs)
-        self.head = nn.Conv2d(widths[0], 1, 1)
+        self.head = nn.Conv2d(widths[0], patch**2, 1)
 
     def forward(self, pixels: Tensor, words: Tensor) -> Tensor:
         """Logits (B, S, S) of pixels (B, 3, S, S) in [-1, 1] and word ids (B, T), 0 = no word."""
         there = (words > 0).float()[..., None]
         read = self.reader(F.gelu(self.table(words) + self.place)) * there
         phrase = read.sum(1) / there.sum(1).clamp(min=1)
-        maps = []
+        maps, pixels = [], F.pixel_unshuffle(pixels, self.patch)
         for index, block in enumerate(self.down):
             pixels = block(F.avg_pool2d(pixels, 2) if index else pixels, phrase)
             maps.append(pixels)
@@ -88,7 +92,7 @@ class FilmUNet(ModelMixin, ConfigMixin):
         for block in self.up:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = block(torch.cat((x, maps.pop()), dim=1), phrase)
-        return self.head(x)[:, 0]
+        return F.pixel_shuffle(self.head(x), self.patch)[:, 0]
 
     @torch.no_grad()
     def segment(self, picture: Image.Image, phrases: list[str], words: WordTokenizer) -> np.ndarray:

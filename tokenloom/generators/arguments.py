@@ -53,6 +53,7 @@ class Run:
         stepper: The decode rung.
         kept: Codes (B, N) and where to keep them, or `None`.
         on_step: Called after each step.
+        limit: Steps to run; `None` runs all.
     """
 
     batch: int
@@ -63,6 +64,7 @@ class Run:
     stepper: Stepper
     kept: tuple[Tensor, Tensor] | None
     on_step: Callable[[Step], None] | None
+    limit: int | None = None
 
     def scales(self, order: Order) -> list[float]:
         """The guidance scale of every step of an order."""
@@ -119,6 +121,16 @@ def check_batch(
             f"batch_size is {batch_size}, but the condition holds {given.shape[0]} samples; give one of them."
         )
     return given.to(device), given.shape[0]
+
+
+def check_steps(steps: int | None, most: int) -> None:
+    """Raises unless `steps` is `None` or from 1 to `most`; 0 says that the generator visits positions in a way of its own."""
+    if steps is None:
+        return
+    if not most:
+        raise TokenloomError("This generator visits positions in a way of its own; leave steps out.")
+    if not isinstance(steps, int) or not 1 <= steps <= most:
+        raise TokenloomError(f"steps must lie in 1..{most}, got {steps!r}.")
 
 
 def check_known(

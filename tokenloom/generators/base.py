@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError, unknown_name
-from tokenloom.generators import decoding
+from tokenloom.generators import arguments, decoding
 from tokenloom.generators.arguments import Run, Step, check_batch, check_codes, check_known, diagnose
 from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.orders import Order
@@ -255,8 +255,7 @@ class Generator(ModelMixin, ConfigMixin):
             if there are any, come before code 0. Zero where a plan predicts nothing.
         """
         batch, device = codes.shape[0], codes.device
-        if condition is None:
-            condition = self.condition.null(batch, device)
+        condition = self.condition.null(batch, device) if condition is None else condition
         prefix = self._prefix(condition, batch, device)
         return self._forced(self._inputs(codes, prefix), prefix, condition)
 
@@ -291,8 +290,7 @@ class Generator(ModelMixin, ConfigMixin):
             )
         flat, targets = logits.float().flatten(0, 1), codes.flatten() + self.special
         losses = F.cross_entropy(flat, targets, reduction="none").view_as(codes)
-        if weights is not None:
-            losses = losses * weights.to(losses)
+        losses = losses if weights is None else losses * weights.to(losses)
         losses = losses[:, self.plan.predicted.to(losses.device)].mean(1)
         counted = self.condition.counted(condition)
         if counted is None:
@@ -319,6 +317,7 @@ class Generator(ModelMixin, ConfigMixin):
         keep: Tensor | None = None,
         on_step: Callable[[Step], None] | None = None,
         decode: str | Parallel = "auto",
+        steps: int | None = None,
     ) -> Tensor:
         """Generates codes.
 
@@ -333,6 +332,7 @@ class Generator(ModelMixin, ConfigMixin):
             keep: BoolTensor (B, N) or (N,), where to keep them; the rest is generated.
             on_step: Called after each step with a `Step`.
             decode: "auto", "reference", "cached", "compiled", "parallel", a `Parallel`: the same codes; or "compiled-int8".
+            steps: How many steps of the order to run; positions of later steps stay 0. `None` runs all.
 
         Returns:
             LongTensor (B, N) in layout order.
@@ -341,18 +341,18 @@ class Generator(ModelMixin, ConfigMixin):
             TokenloomError: For bad arguments, or if the model produces logits that are not finite.
         """
         limits, device = (-self.special, self.vocab_size), self.device
+        arguments.check_steps(steps, self.order.num_steps if type(self)._run is Generator._run else 0)
         condition, batch = check_batch(self.condition, condition, batch_size, device)
         kept = check_known(known, keep, batch, self.plan.predicted, limits, device)
         noise_seeds, strength = as_seeds(seeds, batch, device), Guidance.of(guidance)
         prefix, visible = self._prefix(condition, batch, device), self.condition.visible(condition)
         if strength.enabled:
-            null = self.condition.null(batch, device)
-            if condition is not None:
-                null = self.condition.null_like(condition, device)
+            told = self.condition
+            null = told.null(batch, device) if condition is None else told.null_like(condition, device)
             prefix = torch.cat((prefix, self._prefix(null, batch, device)))
             visible = None if visible is None else visible.repeat(2, 1)
         stepper = decoding.make(decode, self, prefix, visible, strength.enabled)
-        run = Run(batch, noise_seeds, strength, sampling or Sampling(), prefix, stepper, kept, on_step)
+        run = Run(batch, noise_seeds, strength, sampling or Sampling(), prefix, stepper, kept, on_step, steps)
         return decoding.run(self, run)
 
     def _run(self, run: Run) -> Tensor:
@@ -362,7 +362,7 @@ class Generator(ModelMixin, ConfigMixin):
         committed = torch.zeros(order.layout.size, dtype=torch.bool)
         scales = run.scales(order)
         samples = run.rows(scales, self.plan.committed)
-        for index, step in enumerate(self.plan.on(codes.device)):
+        for index, step in enumerate(self.plan.on(codes.device)[: run.limit]):
             sampling = run.sampling.at(index / max(1, order.num_steps - 1))
             taps = (
                 run.stepper(feed(run.both(codes), index)[: samples[index]], index) if len(step.rows) else ()

@@ -125,7 +125,8 @@ class CompiledStepper(CachedStepper):
         """Codes (B, N) of a generation."""
         from tokenloom.generators.base import Generator
 
-        recordable = run.on_step is None and type(generator)._run is Generator._run  # which never waits
+        whole = run.on_step is None and run.limit is None
+        recordable = whole and type(generator)._run is Generator._run  # which never waits
         if generator.device.type not in CAPTURED or not recordable:
             return self.generator._run(run)  # type: ignore[attr-defined]
         if not self.state.lock.acquire(blocking=False):  # another thread uses the buffers

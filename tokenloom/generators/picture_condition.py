@@ -65,7 +65,11 @@ class PictureCondition(Condition):
                 "each of its phrases."
             )
 
+    def look(self, features: Tensor) -> Tensor:
+        """The rows (B, P, D) of a picture's features (B, P, F)."""
+        return self.project(self.norm(features.to(self.project.weight.dtype))) + self.place
+
     def forward(self, condition: PictureWords, batch: int, device: torch.device) -> Tensor:  # type: ignore[override]
         """The rows of the picture, then one row a word."""
-        picture = self.project(self.norm(condition.features.to(self.project.weight.dtype))) + self.place
-        return torch.cat((picture, self.words(condition.words, batch, device)), dim=1)
+        words = self.words(condition.words, batch, device)
+        return torch.cat((self.look(condition.features), words), dim=1)

@@ -113,7 +113,12 @@ class Pipeline(DiffusionPipeline):
                 f"Expected dtype to be a torch dtype such as torch.bfloat16, got {dtypes[0]!r}."
             )
         register_library()
-        pipe = super().from_pretrained(str(folder), **kwargs)
+        try:
+            pipe = super().from_pretrained(str(folder), **kwargs)
+        except OSError as error:  # diffusers' word for a file that is not there
+            raise TokenloomError(
+                f"The model folder {str(folder)!r} is not whole ({' '.join(str(error).split())}). Copy or download it again."
+            ) from error
         for module in pipe.components.values():
             if dtypes and isinstance(module, nn.Module):
                 nn.Module.to(module, dtypes[0])  # ModelMixin.to warns of an empty list of float32 modules

@@ -1,6 +1,6 @@
 """Masks from a picture and phrases: picture encoder, generator, mask tokenizer and words behind one call.
 
-The picture is encoded once for all its phrases. An answer is four codes of a box and K codes of a mask, coarse to fine; an
+A picture is encoded once for all its phrases, and several pictures run together. An answer is four codes of a box and K codes of a mask, coarse to fine; an
 object that is not there has a code of its own, which decodes to an exactly empty mask. By default the likeliest code is
 taken at every place, so that a call repeats.
 
@@ -14,13 +14,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils import BaseOutput
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from tokenloom import media
@@ -31,6 +30,14 @@ from tokenloom.generators.ranged import RangedTokenGenerator
 from tokenloom.generators.sampling import Guidance, Sampling
 from tokenloom.pipelines import inputs
 from tokenloom.pipelines.base import Pipeline
+from tokenloom.pipelines.segmentation_request import (
+    Asked,
+    EncodedPicture,
+    Picture,
+    ask,
+    ask_each,
+    padded_square,
+)
 from tokenloom.tokenizers.answer_codes import BOX, AnswerCodes
 from tokenloom.tokenizers.mask import MaskTokenizer
 from tokenloom.tokenizers.picture_encoder import PictureEncoder
@@ -41,7 +48,6 @@ logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pt", "np", "pil", "codes")
 _PRESET = ("guidance_scale", "temperature", "top_k", "top_p")
 _COLOURS = ((230, 40, 40), (40, 120, 240), (40, 180, 70), (240, 170, 20), (170, 60, 210), (20, 190, 190))
-_PADDING = (128, 128, 128)
 
 
 @dataclass
@@ -50,10 +56,10 @@ class SegmentationOutput(BaseOutput):
 
     Attributes:
         masks: Bool (n, H, W) tensor or array, a list of pictures of mode "1", or the codes.
-        scores: Float (n,): geometric mean of the probabilities of all codes of the answer, also of the answer "nothing".
+        scores: Float (n,): geometric mean of the probabilities of the codes that were generated, also of the answer "nothing".
         present: Float (n,): probability that there is such an object at all.
         boxes: Float (n, 4): x0, y0, x1, y1 in pixels of the picture, zeros where there is nothing.
-        codes: LongTensor (n, K), the codes of the masks.
+        codes: LongTensor (n, K), the codes of the masks; (n, k) with `mask_tokens=k`.
         size: (H, W).
     """
 
@@ -62,19 +68,6 @@ class SegmentationOutput(BaseOutput):
     present: Tensor
     boxes: Tensor
     codes: Tensor
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class EncodedPicture:
-    """A picture after the encoder, for further phrases.
-
-    Attributes:
-        features: (1, P, F).
-        size: (H, W) of the picture.
-    """
-
-    features: Tensor
     size: tuple[int, int]
 
 
@@ -139,35 +132,41 @@ class SegmentationPipeline(Pipeline):
         )
         self.register_to_config(bins=bins, sampling=preset)
 
-    @torch.no_grad()
-    def encode_picture(self, image: Image.Image | str | Path) -> EncodedPicture:
+    def encode_picture(self, image: Picture) -> EncodedPicture:
         """Encodes a picture once; give the result in place of the picture for further phrases.
 
         Args:
             image: A picture or a file. Transparency is put on white, the EXIF orientation is applied; the picture is padded to
                 a square below and to the right.
         """
-        picture = inputs.load_picture("image", image)
-        if isinstance(image, Image.Image):
-            picture = media.to_rgb(ImageOps.exif_transpose(picture))
-        if min(picture.size) < 1:
-            raise TokenloomError(
-                f"The picture has no pixels: {picture.size[0]}x{picture.size[1]}. Give another."
-            )
-        side, wanted = max(picture.size), self.picture_encoder.image_size
-        square = Image.new("RGB", (side, side), _PADDING)
-        square.paste(picture, (0, 0))
-        pixels = media.to_pixels(square.resize((wanted, wanted), Image.Resampling.LANCZOS))
-        features = self.picture_encoder(pixels.to(self._execution_device, self.picture_encoder.dtype))
-        return EncodedPicture(features, (picture.height, picture.width))
+        return self._encode([image])[0]
+
+    @torch.no_grad()
+    def _encode(self, images: Sequence[Picture | EncodedPicture]) -> list[EncodedPicture]:
+        """All pictures after the encoder, which sees those that are new in one batch."""
+        wanted = self.picture_encoder.image_size
+        squares = [
+            image if isinstance(image, EncodedPicture) else padded_square(image, wanted) for image in images
+        ]
+        new = [square for square in squares if not isinstance(square, EncodedPicture)]
+        if not new:
+            return [square for square in squares if isinstance(square, EncodedPicture)]
+        pixels = torch.cat([media.to_pixels(picture) for picture, _ in new])
+        features = iter(
+            self.picture_encoder(pixels.to(self._execution_device, self.picture_encoder.dtype)).split(1)
+        )
+        return [
+            square if isinstance(square, EncodedPicture) else EncodedPicture(next(features), square[1])
+            for square in squares
+        ]
 
     @torch.no_grad()
     def __call__(
         self,
-        image: Image.Image | str | Path | EncodedPicture,
-        prompt: str | list[str] | None = None,
+        image: Picture | EncodedPicture | Sequence[Picture | EncodedPicture],
+        prompt: str | Sequence[str | Sequence[str]] | None = None,
         *,
-        boxes: Sequence[Sequence[float]] | Tensor | None = None,
+        boxes: Any = None,
         mask_tokens: int | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -181,21 +180,25 @@ class SegmentationPipeline(Pipeline):
         """Segments.
 
         Args:
-            image: A picture, its path, or what `encode_picture` returned.
-            prompt: One phrase or several about the picture ("the green apple", "all dogs"). `None` where boxes are given.
-            boxes: One box a phrase (n, 4), x0, y0, x1, y1 in pixels: the mask of what is in the box.
-            mask_tokens: Codes to decode masks from, 1 to K; fewer give coarser masks. `None` = all.
+            image: A picture, its path, or what `encode_picture` returned; or a list of them, which run together.
+            prompt: One phrase or several about the picture ("the green apple", "all dogs"). `None` where boxes are given. For a
+                list of pictures: one phrase for all of them, or a list with the phrase or the phrases of each.
+            boxes: One box a phrase (n, 4), x0, y0, x1, y1 in pixels: the mask of what is in the box. For a list of pictures: a
+                list with the boxes of each.
+            mask_tokens: Codes a mask, 1 to K; fewer give coarser masks, and no more are generated. They are the first of those
+                that a full call makes. `None` = all.
             guidance_scale: g in `u + g * (c - u)`, u without words; 1 switches guidance off. Default: the preset, or 1.
             temperature: 0 takes the likeliest code everywhere. Default: the preset, or 0.
             top_k: Only the k likeliest codes; 0 for all. Default: the preset.
             top_p: Only the likeliest codes of this total probability. Default: the preset.
-            seed: As for `TextToImagePipeline`; it matters if the temperature is above 0. Default: 0.
+            seed: As for `TextToImagePipeline`; it matters if the temperature is above 0. An int counts on from phrase to phrase
+                of a picture, and anew for each picture; a list holds one seed a phrase of all pictures. Default: 0.
             decode: "auto", "cached", "parallel" (or a `Parallel`) or "reference".
             output_type: "pt", "np" (bool arrays), "pil" (pictures of mode "1"), or "codes".
             return_dict: False gives the tuple (masks, scores, boxes, codes).
 
         Returns:
-            `SegmentationOutput`.
+            `SegmentationOutput`; for a list of pictures a list with one each.
 
         Raises:
             TokenloomError: For any argument that is not as described, an empty phrase, or one without a known word.
@@ -203,43 +206,62 @@ class SegmentationPipeline(Pipeline):
         inputs.check_choice("output_type", output_type, OUTPUT_TYPES)
         if mask_tokens is not None:
             self.tokenizer.check_num_tokens(mask_tokens)
-        given = None if boxes is None else _as_boxes(boxes)
-        if prompt is None and given is None:
-            raise TokenloomError("Expected a phrase (prompt) or boxes, got neither.")
-        words = self._words(prompt, 0 if given is None else len(given))
-        if given is not None and len(given) != len(words):
-            raise TokenloomError(
-                f"Expected one box a phrase, got {len(given)} boxes and {len(words)} phrases."
-            )
+        many = isinstance(image, (list, tuple))
+        asked = ask_each(image, prompt, boxes) if many else [ask(image, prompt, boxes)]
+        words = [self._words(one) for one in asked]
         rule, sampler = self._settings(guidance_scale, temperature, top_k, top_p)
-        picture = image if isinstance(image, EncodedPicture) else self.encode_picture(image)
-        side, device = (max(picture.size), max(picture.size)), self._execution_device
-        count = len(words)
-        condition = PictureWords(picture.features.to(device).expand(count, -1, -1), words.to(device))
+        pictures = self._encode([one.image for one in asked])
+        counts, levels = (
+            [len(rows) for rows in words],
+            self.answers.levels if mask_tokens is None else mask_tokens,
+        )
+        device = self._execution_device
+        condition = PictureWords(
+            torch.cat(
+                [one.features.to(device).expand(n, -1, -1) for one, n in zip(pictures, counts, strict=True)]
+            ),
+            torch.cat(words).to(device),
+        )
         known = keep = None
-        if given is not None:
-            empty = torch.zeros(count, self.answers.levels, dtype=torch.long)
-            known = self.answers.join(self._inside(given, picture.size), side, empty).to(device)
+        if asked[0].boxes is not None:
+            known = torch.cat(
+                [self._known(one, picture.size) for one, picture in zip(asked, pictures, strict=True)]
+            ).to(device)
             keep = torch.arange(self.answers.length, device=device) < BOX
         answers = self.awake(self.generator).generate(
             condition,
             guidance=rule,
             sampling=sampler,
-            seeds=inputs.make_seeds(0 if seed is None else seed, None, count).to(device),
+            seeds=_seeds(seed, counts).to(device),
             known=known,
             keep=keep,
             decode=decode,
+            steps=BOX + levels,
         )
-        scores, present = self._scores(answers, condition, given is not None)
-        said, codes = self.answers.split(answers, side)
-        height, width = picture.size
-        said = torch.minimum(said.cpu(), torch.tensor([width, height, width, height]).float())
-        masks = (
-            codes if output_type == "codes" else self._render(codes, mask_tokens, picture.size, output_type)
-        )
+        scores, present = self._scores(answers, condition, known is not None, levels)
+        parts = zip(pictures, answers.split(counts), scores.split(counts), present.split(counts), strict=True)
+        outputs = [self._output(*part, levels, output_type) for part in parts]
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return masks, scores, said, codes  # type: ignore[return-value]  # typed for the usual call
+        made = outputs if return_dict else [(one.masks, one.scores, one.boxes, one.codes) for one in outputs]
+        return made if many else made[0]  # type: ignore[return-value]  # typed for the usual call
+
+    def _output(
+        self,
+        picture: EncodedPicture,
+        answers: Tensor,
+        scores: Tensor,
+        present: Tensor,
+        levels: int,
+        output_type: str,
+    ) -> SegmentationOutput:
+        """What is said about one picture."""
+        height, width = picture.size
+        said, codes = self.answers.split(answers, (max(picture.size), max(picture.size)))
+        said, codes = (
+            torch.minimum(said.cpu(), torch.tensor([width, height, width, height]).float()),
+            codes[:, :levels],
+        )
+        masks = codes if output_type == "codes" else self._render(codes, picture.size, output_type)
         return SegmentationOutput(
             masks=masks, scores=scores, present=present, boxes=said, codes=codes, size=picture.size
         )
@@ -257,12 +279,16 @@ class SegmentationPipeline(Pipeline):
             output: What a call returned.
             target_sizes: (H, W) of each phrase's mask; `None` = the size of the picture.
             threshold: Least score.
-            mask_tokens: Codes to decode from; `None` = all.
+            mask_tokens: Codes to decode from; `None` = all that were generated.
         """
         count = len(output.codes)
-        sizes = [output.size] * count if target_sizes is None else [(int(h), int(w)) for h, w in target_sizes]
+        sizes = [output.size] * count if target_sizes is None else list(target_sizes)
         if len(sizes) != count:
             raise TokenloomError(f"Expected a target size for each of the {count} phrases, got {len(sizes)}.")
+        if not all(isinstance(one, (tuple, list)) and len(one) == 2 and min(one) >= 1 for one in sizes):
+            raise TokenloomError(
+                f"A target size is (height, width), each at least 1, got {target_sizes!r:.80}."
+            )
         results = []
         for index, (height, width) in enumerate(sizes):
             if float(output.scores[index]) < threshold:
@@ -275,10 +301,10 @@ class SegmentationPipeline(Pipeline):
             results.append({"mask": mask, "score": output.scores[index], "box": output.boxes[index] * factor})
         return results
 
-    def _words(self, prompt: str | list[str] | None, boxes: int) -> Tensor:
-        if prompt is None:
-            return torch.zeros(boxes, self.text_tokenizer.max_length, dtype=torch.long)
-        phrases = inputs.check_prompts(prompt)
+    def _words(self, asked: Asked) -> Tensor:
+        if asked.phrases is None:
+            return torch.zeros(len(asked.boxes or ()), self.text_tokenizer.max_length, dtype=torch.long)
+        phrases = asked.phrases
         for text in phrases:
             words, unknown = split_words(text), self.text_tokenizer.unknown(text)
             if len(unknown) == len(words):
@@ -308,43 +334,41 @@ class SegmentationPipeline(Pipeline):
         values.update({key: value for key, value in given.items() if value is not None})
         return Guidance.of(values.pop("guidance_scale")), Sampling(**values)
 
-    def _inside(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        height, width = size
+    def _known(self, asked: Asked, size: tuple[int, int]) -> Tensor:
+        """Answers that begin with the given boxes (n, 4) of a picture of a size (H, W)."""
+        boxes, (height, width) = torch.as_tensor(asked.boxes), size
         limits = torch.tensor([width, height, width, height]).float()
         if bool(((boxes < -0.5) | (boxes > limits + 0.5)).any()):
             raise TokenloomError(
                 f"Boxes must lie in the picture of {width}x{height} pixels, got {boxes.tolist()}."
             )
-        return boxes
+        empty = torch.zeros(len(boxes), self.answers.levels, dtype=torch.long)
+        return self.answers.join(boxes, (max(size), max(size)), empty)
 
-    def _scores(self, answers: Tensor, condition: PictureWords, known: bool) -> tuple[Tensor, Tensor]:
+    def _scores(
+        self, answers: Tensor, condition: PictureWords, known: bool, levels: int
+    ) -> tuple[Tensor, Tensor]:
         """Geometric mean of the probabilities of the codes that were predicted, and the probability of a box."""
         logs = self.generator.logits(answers, condition).float().log_softmax(-1)
         chosen = logs.gather(-1, answers[..., None])[..., 0]
         present = 1 - logs[:, 0, self.answers.nothing].exp()
-        return chosen[:, BOX * known :].mean(1).exp().cpu(), present.cpu()
+        return chosen[:, BOX * known : BOX + levels].mean(1).exp().cpu(), present.cpu()
 
     def _render(
-        self, codes: Tensor, count: int | None, size: tuple[int, int], kind: str
+        self, codes: Tensor, size: tuple[int, int], kind: str
     ) -> Tensor | np.ndarray | list[Image.Image]:
-        masks = self.awake(self.tokenizer).decode(codes, count, size, output="mask").cpu()
+        masks = self.awake(self.tokenizer).decode(codes, None, size, output="mask").cpu()
         if kind == "pt":
             return masks
         arrays = masks.numpy()
         return arrays if kind == "np" else [Image.fromarray(array) for array in arrays]
 
 
-def _as_boxes(boxes: Sequence[Sequence[float]] | Tensor) -> Tensor:
-    try:
-        values = torch.as_tensor(boxes, dtype=torch.float32).cpu()
-    except (TypeError, ValueError):
-        values = torch.zeros(0)
-    good = values.ndim == 2 and values.shape[0] > 0 and values.shape[1] == 4
-    if not good or not bool((values[:, :2] < values[:, 2:]).all()):
-        raise TokenloomError(
-            f"Boxes must be numbers (n, 4): x0, y0, x1, y1 with x0 < x1 and y0 < y1, got {boxes!r:.80}."
-        )
-    return values
+def _seeds(seed: int | Sequence[int] | None, counts: list[int]) -> Tensor:
+    """One seed a phrase (sum of counts,); an int begins anew for each picture."""
+    if seed is None or isinstance(seed, int):
+        return torch.cat([inputs.make_seeds(0 if seed is None else seed, None, count) for count in counts])
+    return inputs.make_seeds(seed, None, sum(counts))
 
 
 def overlay(picture: Image.Image, masks: Tensor | np.ndarray, strength: float = 0.55) -> Image.Image:

@@ -136,7 +136,10 @@ class MaskTokenizer(Tokenizer):
 
     def quantize(self, masks: Tensor) -> Quantized:
         """Codes, vectors, losses and statistics of masks (B, H, W)."""
-        quantized = self.quantizer.encode(self.features(masks))
+        return self._quantize(self.features(masks), masks)
+
+    def _quantize(self, z: Tensor, masks: Tensor) -> Quantized:
+        quantized = self.quantizer.encode(z)
         if self.empty_code is None or self.full_code is None:
             return quantized
         inside = _as_float(masks).flatten(1) > 0.5
@@ -229,7 +232,7 @@ class MaskTokenizer(Tokenizer):
         """Logits or soft masks (B, S, S) at the given height and width, the padding cut off."""
         if size is None:
             return masks
-        if len(size) != 2 or min(size) < 1:
+        if isinstance(size, str) or len(size) != 2 or min(size) < 1:
             raise TokenloomError(f"The size of a mask is (height, width), each at least 1; got {size!r}.")
         height, width = int(size[0]), int(size[1])
         return self._resample(masks[:, None], max(height, width))[:, 0, :height, :width]
@@ -238,17 +241,24 @@ class MaskTokenizer(Tokenizer):
         """`decode(encode(media))` at the size of the masks (B, H, W)."""
         return self.decode(self.encode(media), num_tokens, (media.shape[1], media.shape[2]), output)
 
-    def forward(self, masks: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Quantized]:
+    def forward(
+        self, masks: Tensor, kept: Tensor | None = None, soft: Tensor | None = None
+    ) -> tuple[Tensor, Quantized]:
         """Differentiable logits of masks (B, H, W), at their size if it is (S, S), and what the quantizer returned.
 
         Args:
             masks: As for `encode`.
             kept: LongTensor (B,) of how many codes of each mask to decode from; `None` = all of them.
+            soft: BoolTensor (B,), which masks are decoded from their vectors as they were before quantization.
 
         Returns:
             Logits (B, H, W); constant for blank masks where they have codes of their own.
         """
-        quantized = self.quantize(masks)
+        z = self.features(masks)
+        quantized = self._quantize(z, masks)
+        if soft is not None:
+            plain = F.normalize(z, dim=-1) if self.quantizer.normalize else z
+            quantized = quantized._replace(z_q=torch.where(soft[:, None, None], plain, quantized.z_q))
         logits = self.paint_vectors(quantized.z_q.to(self.decoder.embed.weight.dtype), kept)
         logits = self._fill(logits, quantized.codes[:, 0])
         return self.fit(logits, (masks.shape[1], masks.shape[2])), quantized

@@ -118,6 +118,7 @@ def tokenizer_loss(
     masks: Tensor,
     kept: Tensor,
     weights: dict[str, float] | None = None,
+    soft: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One training pass of a mask tokenizer, each mask decoded from a prefix of its own length.
 
@@ -127,6 +128,7 @@ def tokenizer_loss(
         kept: LongTensor (B,) of prefix lengths (`draw_lengths`).
         weights: Factors of the parts of `reconstruction_losses`; by default 1 each. The quantizer's losses come with
             their own.
+        soft: BoolTensor (B,), which masks skip the quantizer.
 
     Returns:
         The loss and its parts, detached.
@@ -136,7 +138,7 @@ def tokenizer_loss(
             f"Training masks must be (B, {tokenizer.image_size}, {tokenizer.image_size}), got {tuple(masks.shape)}; "
             "resize them with tokenizer.prepare(masks)[:, 0]."
         )
-    logits, quantized = tokenizer(masks, kept)
+    logits, quantized = tokenizer(masks, kept, soft)
     parts = reconstruction_losses(logits, masks, kept, tokenizer.levels)
     factors = dict.fromkeys(parts, 1.0) | (weights or {})
     if unknown := sorted(factors.keys() - parts.keys()):

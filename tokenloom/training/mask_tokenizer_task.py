@@ -36,8 +36,8 @@ class _Trained(nn.Module):
         super().__init__()
         self.tokenizer, self.weights = tokenizer, weights
 
-    def forward(self, masks: Tensor, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return tokenizer_loss(self.tokenizer, masks, kept, self.weights)
+    def forward(self, masks: Tensor, kept: Tensor, soft: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return tokenizer_loss(self.tokenizer, masks, kept, self.weights, soft)
 
 
 class MaskTokenizerTask(Task):
@@ -62,11 +62,13 @@ class MaskTokenizerTask(Task):
         return {
             "masks": masks,
             "kept": draw_lengths(len(masks), self.tokenizer.levels, generator, self.config.whole),
+            "chance": torch.rand(len(masks), generator=generator),
         }
 
     def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of `reconstruction_losses` and of the quantizer."""
-        return module(batch["masks"], batch["kept"])
+        end = self.config.soft_until * self.config.loop.steps
+        return module(batch["masks"], batch["kept"], batch["chance"] < 1 - step / max(end, 1e-9))
 
     def samples(self, path: Path) -> None:
         """A sheet: masks above, below them what 1, 2, 4, ... codes decode to."""

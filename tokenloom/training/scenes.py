@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenloom.data.referring import training_sample
+from tokenloom.data.referring import TrainingSample, training_sample
 from tokenloom.data.referring_pool import Pool
 from tokenloom.data.referring_scenes import SceneConfig, SceneMaker
 from tokenloom.errors import check_options
@@ -27,7 +27,7 @@ def _start(pool: str, split: str, config: SceneConfig) -> None:
     _MAKER[:] = [SceneMaker(Pool.open(pool), split, config)]
 
 
-def _sample(arguments: tuple[int, int]) -> tuple[np.ndarray, list[str], np.ndarray]:
+def _sample(arguments: tuple[int, int]) -> TrainingSample:
     return training_sample(_MAKER[0], *arguments)
 
 
@@ -51,8 +51,8 @@ class SceneSource:
         self.maker = SceneMaker(self.pool, config.split, self.settings)
         self._workers: ProcessPoolExecutor | None = None
 
-    def samples(self, seeds: list[int], phrases: int) -> list[tuple[np.ndarray, list[str], np.ndarray]]:
-        """(picture, texts, masks) of each seed, as `training_sample` makes them."""
+    def samples(self, seeds: list[int], phrases: int) -> list[TrainingSample]:
+        """The sample of each seed."""
         return self._map(
             _sample, [(seed, phrases) for seed in seeds], lambda one: training_sample(self.maker, *one)
         )

@@ -45,6 +45,8 @@ class MaskTokenizerConfig:
         losses: Factors of the parts of `tokenloom.training.mask_losses.reconstruction_losses`.
         morphology: Chance that a mask is grown or shrunk by a few pixels.
         whole: Share of masks that are decoded from all their codes.
+        soft_until: Share of the training at whose beginning all masks skip the quantizer, and at whose end none does, so that
+            vectors learn to differ before they become codes; 0 quantizes from the first step.
         loop: Optimisation.
     """
 
@@ -54,10 +56,11 @@ class MaskTokenizerConfig:
     losses: dict[str, float] = field(default_factory=dict)
     morphology: float = 0.3
     whole: float = 0.25
+    soft_until: float = 0.0
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        for key in ("morphology", "whole"):
+        for key in ("morphology", "whole", "soft_until"):
             if not 0 <= getattr(self, key) <= 1:
                 raise TokenloomError(f"{key} must lie between 0 and 1, got {getattr(self, key)}.")
 
@@ -81,6 +84,10 @@ class SegmentationConfig:
         phrases: Phrases a scene.
         max_length: Words kept of a phrase.
         drop: Chance that the words are dropped, which trains guidance, and masks from boxes.
+        share_picture: Whether rows of the picture do not see the words, so that all phrases of a picture share them
+            ("tokens"): a phrase then costs its own rows alone.
+        place_loss: Weight of a loss that lets every place of the picture name the words of what is seen there
+            ("tokens"): scenes know all their objects, and the encoder learns them without waiting for a phrase.
         mask_loss: Weight of the hierarchical mask loss, which decodes predicted tokens; 0 turns it off.
         mask_levels: Prefix lengths drawn for it a step.
         sampling: Preset stored with the model: guidance_scale, temperature, top_k, top_p.
@@ -98,6 +105,8 @@ class SegmentationConfig:
     phrases: int = 4
     max_length: int = 8
     drop: float = 0.1
+    share_picture: bool = True
+    place_loss: float = 0.0
     mask_loss: float = 0.0
     mask_levels: int = 2
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -114,5 +123,7 @@ class SegmentationConfig:
             raise TokenloomError(
                 "phrases, max_length and mask_levels must be at least 1, and bins at least 2."
             )
-        if not 0 <= self.drop <= 1 or self.mask_loss < 0:
-            raise TokenloomError("drop must lie between 0 and 1, and mask_loss must not be negative.")
+        if not 0 <= self.drop <= 1 or min(self.mask_loss, self.place_loss) < 0:
+            raise TokenloomError(
+                "drop must lie between 0 and 1, and mask_loss and place_loss must not be negative."
+            )

@@ -18,10 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokenloom.data.referring_phrases import vocabulary_texts
+from tokenloom.data.referring_pool import Pool
 from tokenloom.errors import TokenloomError, check_options
 from tokenloom.evaluation.film_unet import FilmUNet
 from tokenloom.generators import orders
 from tokenloom.generators.conditions import PictureWords
+from tokenloom.generators.picture_condition import PictureCondition
 from tokenloom.generators.ranged import RangedTokenGenerator
 from tokenloom.layouts import Layout
 from tokenloom.media import save_image, sheet
@@ -34,6 +36,7 @@ from tokenloom.tokenizers.registry import load_tokenizer
 from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.training.loop import Task
 from tokenloom.training.mask_losses import bce_loss, dice_loss, draw_levels, hierarchical_loss
+from tokenloom.training.phrase_rows import PlaceWords, place_loss, shared_logits
 from tokenloom.training.scenes import SceneSource, draw_seeds
 from tokenloom.training.segmentation_config import SegmentationConfig
 
@@ -52,15 +55,21 @@ class PhraseTask(Task):
         self.words = WordTokenizer.from_captions(vocabulary_texts(self.scenes.pool), config.max_length)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """New scenes: "pixels" uint8 (B, S, S, 3), "words" (B n, T) and "masks" bool (B n, S, S)."""
+        """New scenes: "pixels" uint8 (B, S, S, 3), "words" (B n, T) and "masks" bool (B n, S, S) of phrases; "instances"
+        uint8 (B, S, S) and the words "things" (B, M, T) of all objects.
+        """
         seeds = draw_seeds(len(indices), generator)
         made = self.scenes.samples(seeds, self.config.phrases)
-        words = self.words([text for _, texts, _ in made for text in texts])
+        words = self.words([text for sample in made for text in sample.texts])
+        most = max(len(sample.things) for sample in made)
+        things = [text for sample in made for text in (sample.things + [""] * most)[:most]]
         dropped = torch.rand(len(words), generator=generator) < self.config.drop
         return {
-            "pixels": torch.from_numpy(np.stack([picture for picture, _, _ in made])),
+            "pixels": torch.from_numpy(np.stack([sample.picture for sample in made])),
             "words": words.masked_fill(dropped[:, None], 0),
-            "masks": torch.from_numpy(np.concatenate([masks for _, _, masks in made])),
+            "masks": torch.from_numpy(np.concatenate([sample.masks for sample in made])),
+            "instances": torch.from_numpy(np.stack([sample.instances for sample in made])),
+            "things": self.words(things).view(len(made), most, -1),
         }
 
     @abstractmethod
@@ -71,12 +80,18 @@ class PhraseTask(Task):
         """A sheet of scenes: what is meant above, what is predicted below, with the phrases."""
         made = self.scenes.samples(list(_SAMPLE_SEEDS), 1)
         wanted, got, labels = [], [], []
-        for pixels, (text, *_), masks in made:
-            picture = Image.fromarray(pixels)
-            wanted.append(overlay(picture, masks))
+        for sample in made:
+            picture, text = Image.fromarray(sample.picture), sample.texts[0]
+            wanted.append(overlay(picture, sample.masks))
             got.append(overlay(picture, self.predict(picture, text)[None]))
             labels.append(text)
         save_image(sheet([*wanted, *got], columns=len(made), labels=labels * 2), path)
+
+
+def training_pictures(pool: Pool) -> str:
+    """What a card says of the pictures of a pool: how many under which licence."""
+    counts = ", ".join(f"{count:,} under {name}" for name, count in pool.licences().items())
+    return f"Scenes of cut-outs on photographs: {counts}; SOURCES.md of the pool credits each work."
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -85,16 +100,34 @@ def to_unit(pixels: Tensor) -> Tensor:
 
 
 class PhraseModel(nn.Module):
-    """Picture encoder and generator behind one forward; each picture is encoded once for all its phrases."""
+    """Picture encoder and generator behind one forward; each picture is encoded once for all its phrases.
 
-    def __init__(self, encoder: PictureEncoder, generator: RangedTokenGenerator) -> None:
+    Args:
+        encoder: Of pictures.
+        generator: Of answers.
+        share: Whether all phrases of a picture share its rows in the generator, too.
+        places: Whether places of the picture name what is seen there.
+    """
+
+    def __init__(
+        self, encoder: PictureEncoder, generator: RangedTokenGenerator, share: bool, places: bool
+    ) -> None:
         super().__init__()
-        self.encoder, self.generator = encoder, generator
+        self.encoder, self.generator, self.share = encoder, generator, share
+        self.places = PlaceWords(encoder.features, *self.table().shape) if places else None
 
-    def forward(self, pixels: Tensor, words: Tensor, answers: Tensor) -> Tensor:
-        """Logits (B n, N, V) of answers (B n, N) to words (B n, T) about pictures (B, 3, S, S)."""
-        features = self.encoder(pixels).repeat_interleave(len(words) // len(pixels), dim=0)
-        return self.generator.logits(answers, PictureWords(features, words))
+    def table(self) -> Tensor:
+        """The word table of the phrases."""
+        return cast(PictureCondition, self.generator.condition).words.table.weight
+
+    def forward(self, pixels: Tensor, words: Tensor, answers: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (B n, N, V) of answers (B n, N) to words (B n, T) about pictures (B, 3, S, S), and of words a place."""
+        features = self.encoder(pixels)
+        named = None if self.places is None else self.places(features, self.table())
+        if self.share:
+            return shared_logits(self.generator, features, words, answers), named
+        features = features.repeat_interleave(len(words) // len(pixels), dim=0)
+        return self.generator.logits(answers, PictureWords(features, words)), named
 
 
 class SegmentationTask(PhraseTask):
@@ -129,23 +162,29 @@ class SegmentationTask(PhraseTask):
                 "words": config.max_length,
             },
             rule_config={"ranges": self.answers.ranges},
+            causal_prefix=config.share_picture,
         )
-        self.module = PhraseModel(self.encoder, self.generator).train()
+        places = config.place_loss > 0
+        self.module = PhraseModel(self.encoder, self.generator, config.share_picture, places).train()
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Moves the mask tokenizer, which is not trained."""
         self.tokenizer.to(accelerator.device)
 
     def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy in nats a code, and the hierarchical mask loss if it is weighted."""
+        """Cross-entropy in nats a code; the loss of places and the hierarchical mask loss if they are weighted."""
         masks, side = batch["masks"], (self.tokenizer.image_size,) * 2
         with torch.no_grad():
             codes = self.tokenizer.encode(masks)
             answers = self.answers.join(masks_to_boxes(masks), side, codes)
-        logits = module(to_unit(batch["pixels"]), batch["words"], answers).float()
+        logits, named = module(to_unit(batch["pixels"]), batch["words"], answers)
+        logits = logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
         logs = {"box": losses[:, :BOX].mean().detach(), "mask": losses[:, BOX:].mean().detach()}
         total = losses.mean()
+        if named is not None:
+            logs["places"] = place_loss(named, batch["instances"], batch["things"])
+            total = total + self.config.place_loss * logs["places"]
         if self.config.mask_loss:
             generator = torch.Generator().manual_seed(step)
             levels = draw_levels(
@@ -166,6 +205,7 @@ class SegmentationTask(PhraseTask):
             dict(self.config.sampling),
         )
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.card = {"training_pictures": training_pictures(self.scenes.pool)}
         return pipeline
 
     def predict(self, picture: Image.Image, phrase: str) -> np.ndarray:

@@ -61,8 +61,8 @@ class ParallelStepper:
     def run(self, generator: Any, run: Run) -> Tensor:
         """Codes (B, N) of a generation."""
         order, device, seeds, on_step = generator.order, self.prefix.device, run.seeds, run.on_step
-        batch, size, steps = len(seeds), order.layout.size, order.num_steps
-        samplings = Samplings(run.sampling, steps, device)
+        batch, size, steps = len(seeds), order.layout.size, run.limit or order.num_steps
+        samplings = Samplings(run.sampling, order.num_steps, device)
         scales = torch.tensor(run.scales(order), device=device)
         vocabulary = generator.special + generator.vocab_size
         draft = SOURCES[self.options.draft](order, seeds, vocabulary, generator.special)
@@ -89,9 +89,9 @@ class ParallelStepper:
                 self.options.stats.add(gains, window.counts, right)
             done, guessed = [start + gain for start, gain in zip(done, gains, strict=True)], ends
             if on_step is not None:
-                self._report(on_step, codes[:, :size], range(reported, min(done)))
-                reported = min(done)
-        return codes[:, :size].contiguous()
+                self._report(on_step, codes[:, :size], range(reported, min(steps, *done)))
+                reported = min(steps, *done)
+        return codes[:, :size].masked_fill((order.step >= steps).to(device), 0)
 
     def _guess(
         self,
