@@ -1,4 +1,4 @@
-"""The commands of sound: continue, train-codec, train-continuation, evaluate-audio, data chorales.
+"""The commands of sound: continue, train-codec, train-continuation, evaluate-audio, data chorales, data speech.
 
 Commands import what they need when they run. `tokenloom.cli` adds them to the program and turns errors into one line.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokenloom.cli_options import ERR, OUT, DeviceOption, add_training, device_of
 from tokenloom.errors import TokenloomError
 from tokenloom.models import INDEX_FILE, bundled, resolve
+
+if TYPE_CHECKING:
+    from tokenloom.data.chorales import SoundReport
 
 _PIPELINE = "AudioContinuationPipeline"
 
@@ -25,6 +28,7 @@ def add(app: typer.Typer, data_app: typer.Typer) -> None:
     add_training(app, "train-continuation", "train_continuation", "Train a generator that continues sound.")
     app.command("evaluate-audio")(evaluate_audio)
     data_app.command("chorales")(chorales)
+    data_app.command("speech")(speech)
 
 
 def default_model() -> str:
@@ -179,7 +183,31 @@ def chorales(
     """Build the set of Bach's chorales on recorded piano notes (credit needed: CC-BY-3.0)."""
     from tokenloom.data.chorales import build_chorales
 
-    report = build_chorales(out, copies=copies, sample_rate=rate, limit=limit, seed=seed, cache_dir=cache)
+    _print_sounds(
+        build_chorales(out, copies=copies, sample_rate=rate, limit=limit, seed=seed, cache_dir=cache)
+    )
+
+
+def speech(
+    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
+    rate: Annotated[int, typer.Option(help="Samples a second.")] = 16000,
+    held_out: Annotated[
+        str, typer.Option(help='Language whose voice is held out: en, es, fr, it or ru; "" for none.')
+    ] = "fr",
+    limit: Annotated[
+        int | None, typer.Option(help="Take no more prompts of each language than this.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
+) -> None:
+    """Build the set of recorded telephone prompts in five languages (share-alike: CC-BY-SA-3.0; credit needed)."""
+    from tokenloom.data.speech import build_speech
+
+    _print_sounds(
+        build_speech(out, sample_rate=rate, held_out=held_out or None, limit=limit, cache_dir=cache)
+    )
+
+
+def _print_sounds(report: SoundReport) -> None:
     parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
     OUT.print(
         f"{report.folder}: {report.sounds:,} sounds ({parts}), {report.minutes:.0f} min, in {report.seconds:.0f} s",

@@ -13,7 +13,7 @@ import random
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -70,6 +70,17 @@ class SoundReport:
     splits: dict[str, int]
     minutes: float
     seconds: float
+
+    @classmethod
+    def of(cls, out: str | os.PathLike[str], captions: Sequence[Caption], started: float) -> SoundReport:
+        """Counts what was written into a folder since `started` (of `time.monotonic`); captions have "seconds"."""
+        return cls(
+            folder=Path(out).resolve(),
+            sounds=len(captions),
+            splits=dict(Counter(str(caption.split) for caption in captions)),
+            minutes=sum(caption.extra["seconds"] for caption in captions) / 60,
+            seconds=time.monotonic() - started,
+        )
 
 
 def build_chorales(
@@ -128,13 +139,7 @@ def build_chorales(
         write_captions(work / "set", captions)
         (work / "set" / NOTES_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         (work / "set" / SOURCES_FILE).write_text(_CREDITS, encoding="utf-8")
-    return SoundReport(
-        folder=Path(out).resolve(),
-        sounds=len(captions),
-        splits=dict(Counter(str(caption.split) for caption in captions)),
-        minutes=sum(caption.extra["seconds"] for caption in captions) / 60,
-        seconds=time.monotonic() - started,
-    )
+    return SoundReport.of(out, captions, started)
 
 
 def read_notes(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
