@@ -124,6 +124,13 @@ def evaluate_audio(
     codecs: Annotated[
         list[str], typer.Option("--codec", help="Only this codec (may be repeated); by default all.")
     ] = [],  # noqa: B006
+    scores: Annotated[
+        list[str],
+        typer.Option(
+            "--score",
+            help="Only this perceptual score (may be repeated): PESQ, STOI, ViSQOL; by default all that are installed.",
+        ),
+    ] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Seed of the first continuation.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -144,6 +151,7 @@ def evaluate_audio(
         [sound for _, sound in chosen],
         codebooks=codebooks or None,
         codecs=codecs or None,
+        scores=scores or None,
         log=_log,
     )
     parts = {"Codec": (figures, audio_report.codec_table(figures))}
