@@ -51,9 +51,16 @@ def _continues(folder: Path) -> bool:
 
 
 def continue_sound(
-    prompt: Annotated[Path, typer.Argument(help="Sound file: WAV, FLAC, OGG, Opus, MP3.")],
+    sound: Annotated[Path, typer.Argument(help="Sound file: WAV, FLAC, OGG, Opus, MP3.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Sound file to write.")] = Path("out.wav"),
     seconds: Annotated[float, typer.Option(help="Length of the continuation.")] = 4.0,
+    prompt: Annotated[
+        str | None, typer.Option(help='Words, for a model that reads words: "a chorale in G minor".')
+    ] = None,
+    label: Annotated[int | None, typer.Option(help="Class, for a model with classes.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Weight of words or class; 1 switches guidance off.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Gives the same continuation again.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest tokens.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 for all.")] = None,
@@ -76,16 +83,22 @@ def continue_sound(
     from tokenloom import media, media_audio
     from tokenloom.media_spectrogram import plot_spectrograms
     from tokenloom.pipelines.audio_continuation import AudioContinuationPipeline
+    from tokenloom.pipelines.audio_prompt import continue_file
 
     media_audio.check_audio_output(output)
     if plot is not None:
         media.check_output(plot)
-    media_audio.sound_rate(prompt)
+    media_audio.sound_rate(sound)
     diffusers_logging.disable_progress_bar()
     pipe = AudioContinuationPipeline.from_pretrained(folder).to(device_of(device))
     pipe.set_progress_bar_config(desc="continuing", leave=False, disable=None)
-    result = pipe(
-        prompt,
+    made = continue_file(
+        pipe,
+        sound,
+        output,
+        prompt=prompt,
+        label=label,
+        guidance_scale=guidance,
         seconds=seconds,
         seed=seed,
         temperature=temperature,
@@ -93,14 +106,13 @@ def continue_sound(
         top_p=top_p,
         overlap=overlap,
     )
-    rate, sound = result.sampling_rate, result.audios[0, 0]
-    path = media_audio.save_audio(sound, output, rate)
-    begin = result.prompt_samples / rate
+    rate, begin = made.sampling_rate, made.prompt_samples / made.sampling_rate
     OUT.print(
-        f"{path}: {len(sound) / rate:.2f} s, new from {begin:.2f} s (seed {result.seeds[0]})", markup=False
+        f"{made.path}: {made.samples / rate:.2f} s, new from {begin:.2f} s (seed {made.seed})", markup=False
     )
     if plot is not None:
-        OUT.print(plot_spectrograms({path.name: sound}, rate, plot, begin), markup=False)
+        shown = {made.path.name: made.shown}
+        OUT.print(plot_spectrograms(shown, rate, plot, made.shown_from / rate), markup=False)
 
 
 def evaluate_audio(
