@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,21 @@ import soundfile
 import torch
 from typer.testing import CliRunner
 
-from tests.tiny_audio import FRAMES, HOP, RATE, tiny_codec, tiny_pipeline, tone
+from tests.tiny_audio import FRAMES, HOP, RATE, SHAPE, tiny_codec, tiny_pipeline, tone
 from tokenloom import (
     AudioContinuationPipeline,
     NextBlockGenerator,
     TokenloomError,
+    TwoLevelGenerator,
+    media_audio,
     orders,
 )
 from tokenloom.cli import app
 from tokenloom.layouts import Layout
+from tokenloom.pipelines.audio_prompt import continue_file
 from tokenloom.pipelines.joining import Joint, level, limit
 from tokenloom.pipelines.windows import sliding_frames
+from tokenloom.tokenizers.text import WordTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +131,78 @@ def test_generators_with_a_plan_work_as_well():
     whole = pipe(tone(0.05), RATE, seconds=0.1, seed=2)
     pieces = torch.cat(list(pipe(tone(0.05), RATE, seconds=0.1, seed=2, stream=True)), dim=2)
     assert torch.allclose(pieces, whole.audios[:, :, 400:], atol=1e-5)
+
+
+def spoken_pipeline(kind: str) -> AudioContinuationPipeline:
+    """A pipeline that reads words, or a class."""
+    words = WordTokenizer(["high", "low"], max_length=2) if kind == "words" else None
+    condition = (
+        {"kind": "words", "vocabulary": 4, "length": 2} if words else {"kind": "class", "num_classes": 3}
+    )
+    torch.manual_seed(1)
+    generator = TwoLevelGenerator(FRAMES, 2, [16, 16], SHAPE, SHAPE, SHAPE, condition).eval()
+    pipe = AudioContinuationPipeline(tiny_codec(), generator, {"guidance_scale": 3.0}, words)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "two", "ids"),
+    [
+        ("words", "prompt", ["a high", "low low"], [[2, 0], [3, 3]]),
+        ("class", "label", [2, 0], [2, 0]),
+    ],
+)
+def test_words_and_classes_stand_before_every_window(kind, name, two, ids, tmp_path, monkeypatch):
+    spoken_pipeline(kind).save_pretrained(tmp_path / "model")
+    pipe = AudioContinuationPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    calls, generate = [], pipe.generator.generate
+
+    def record(condition=None, *, guidance, **options):
+        calls.append((None if condition is None else condition.tolist(), guidance.scale))
+        return generate(condition, guidance=guidance, **options)
+
+    monkeypatch.setattr(pipe.generator, "generate", record)
+    prompt = torch.from_numpy(tone(0.1))[None, None].expand(2, 1, -1)
+    pipe(prompt, RATE, seconds=0.1, seed=4, **{name: two})
+    assert len(calls) > 2 and set(map(str, calls)) == {str((ids, 3.0))}
+    calls.clear()
+    pipe(prompt, RATE, seconds=0.01, seed=4, num_continuations=2, guidance_scale=1.5, **{name: two})
+    pipe(prompt, RATE, seconds=0.01, seed=4, **{name: two[0]})
+    pipe(prompt, RATE, seconds=0.01, seed=4)
+    assert calls == [
+        ([ids[0], ids[0], ids[1], ids[1]], 1.5),
+        ([ids[0], ids[0]], 3.0),
+        (None, 1.0),
+    ]
+    with pytest.raises(TokenloomError, match="one prompt for all 2 sounds or one each, got 3"):
+        pipe(prompt, RATE, **{name: [*two, two[0]]})
+
+
+def test_words_and_classes_that_do_not_fit(pipe, tmp_path):
+    with pytest.raises(TokenloomError, match="without words"):
+        pipe(tone(0.1), RATE, prompt="high")
+    with pytest.raises(TokenloomError, match="without classes"):
+        pipe(tone(0.1), RATE, label=1)
+    with pytest.raises(TokenloomError, match=r"0\.\.2"):
+        spoken_pipeline("class")(tone(0.1), RATE, label=7)
+    with pytest.raises(TokenloomError, match="got no text_tokenizer"):
+        AudioContinuationPipeline(tiny_codec(), spoken_pipeline("words").generator)
+    soundfile.write(tmp_path / "a.wav", tone(0.1), RATE)
+    spoken_pipeline("words").save_pretrained(tmp_path / "model")
+    words = [
+        "continue",
+        str(tmp_path / "a.wav"),
+        "-m",
+        str(tmp_path / "model"),
+        "-o",
+        str(tmp_path / "b.wav"),
+    ]
+    done = CliRunner().invoke(app, [*words, "--seconds", "0.1", "--prompt", "high", "--guidance", "2"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, [*words, "--label", "1"])
+    assert done.exit_code == 2 and "without classes" in done.output
 
 
 def test_loudness_is_brought_to_the_codec_and_back(pipe):
@@ -239,6 +316,61 @@ def test_two_hours_of_prompt_need_no_more_than_their_end(pipe, monkeypatch):
     assert sizes == [(FRAMES // 2 + 50) * HOP]
 
 
+def hours_of_silence(path: Path, hours: float) -> np.ndarray:
+    """A sparse WAV file at 1 kHz, silent but for its last minute, which is returned."""
+    end = tone(60.0, 100.0, 1000)
+    soundfile.write(path, end, 1000)
+    samples = round(hours * 3_600_000)
+    header, body = path.read_bytes()[:44], path.read_bytes()[44:]
+    header = header[:4] + struct.pack("<I", 36 + 2 * samples) + header[8:40] + struct.pack("<I", 2 * samples)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(44 + 2 * samples)
+        file.seek(44 + 2 * samples - len(body))
+        file.write(body)
+    return soundfile.read(path, start=samples - 60_000, dtype="float32")[0]
+
+
+def test_of_two_hours_in_a_file_only_the_end_is_resampled(pipe, tmp_path, monkeypatch):
+    end = hours_of_silence(tmp_path / "long.wav", 2)
+    sizes = []
+    real = media_audio.resample
+    monkeypatch.setattr(
+        media_audio, "resample", lambda audio, *rates: sizes.append(audio.shape[-1]) or real(audio, *rates)
+    )
+    made = torch.cat(list(pipe(tmp_path / "long.wav", seconds=0.2, seed=3, stream=True)), dim=2)
+    assert len(sizes) == 1 and sizes[0] < 60_000
+    short = pipe(end, 1000, seconds=0.2, seed=3)
+    assert torch.allclose(made, short.audios[:, :, 480_000:], atol=1e-4)
+
+
+def test_files_go_on_in_files_piece_by_piece(pipe, tmp_path, monkeypatch):
+    hours_of_silence(tmp_path / "long.wav", 0.1)
+    sizes = []
+    write = media_audio.AudioWriter.write
+    monkeypatch.setattr(
+        media_audio.AudioWriter, "write", lambda self, audio: sizes.append(len(audio)) or write(self, audio)
+    )
+    made = continue_file(pipe, tmp_path / "long.wav", tmp_path / "out.flac", seconds=0.5, seed=3)
+    assert made.samples == 360 * RATE + 4000 == sum(sizes) and made.prompt_samples == 360 * RATE
+    assert max(sizes) <= 31 * RATE and made.seed == 3 and made.shown.shape == (30 * RATE + 4000,)
+    whole = pipe(tmp_path / "long.wav", seconds=0.5, seed=3)
+    written, _ = media_audio.load_audio(tmp_path / "out.flac")
+    assert (written - whole.audios[0]).abs().max() < 1e-4
+    drawn = continue_file(pipe, tmp_path / "long.wav", tmp_path / "a.wav", seconds=0.1)
+    again = continue_file(pipe, tmp_path / "long.wav", tmp_path / "b.wav", seconds=0.1, seed=drawn.seed)
+    assert torch.equal(drawn.shown, again.shown)
+
+
+def test_windows_of_a_stream_are_the_whole(pipe):
+    whole = pipe(tone(0.103), RATE, seconds=0.2, seed=4)
+    pieces = list(pipe(tone(0.103), RATE, seconds=0.2, seed=4, stream="windows"))
+    assert 2 <= len(pieces) < 10
+    assert torch.allclose(torch.cat(pieces, 2), whole.audios[:, :, whole.prompt_samples :], atol=1e-5)
+    with pytest.raises(TokenloomError, match="stream 'window'"):
+        pipe(tone(0.1), RATE, stream="window")
+
+
 @pytest.fixture
 def saved(pipe, tmp_path: Path) -> Path:
     pipe.save_pretrained(tmp_path / "model")
@@ -263,6 +395,37 @@ def test_command_continues_and_plots(saved):
     assert soundfile.info(saved / "out.flac").frames == 1600 + 2400
 
 
+@pytest.mark.parametrize("kind", ["stereo", "8 bits", "96 kHz", "silence", "MP3", "loud floats", "24 bits"])
+def test_command_takes_sound_of_every_form(saved, kind):
+    path, wave = saved / "in.wav", tone(0.2, rate=48000)
+    if kind == "stereo":
+        soundfile.write(path, np.stack([wave, -wave / 2], 1), 48000)
+    elif kind == "MP3":
+        soundfile.write(saved / "in.mp3", tone(0.5, rate=48000), 48000)
+        (saved / "in.mp3").rename(path)
+    else:
+        form = {"8 bits": "PCM_U8", "loud floats": "FLOAT", "24 bits": "PCM_24"}.get(kind, "PCM_16")
+        rate = 96000 if kind == "96 kHz" else 48000
+        gain = {"loud floats": 20, "silence": 0}.get(kind, 1)
+        soundfile.write(path, gain * wave, rate, subtype=form)
+    words = [
+        "continue",
+        str(path),
+        "-o",
+        str(saved / "o.wav"),
+        "-m",
+        str(saved / "model"),
+        "--seconds",
+        "0.1",
+    ]
+    done = CliRunner().invoke(app, [*words, "--seed", "1"])
+    assert done.exit_code == 0, done.output
+    made, _ = soundfile.read(saved / "o.wav")
+    seconds = {"96 kHz": 0.1, "MP3": 0.5}.get(kind, 0.2)
+    assert len(made) == pytest.approx((seconds + 0.1) * RATE, abs=500 if kind == "MP3" else 0.1)
+    assert np.abs(made).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("prompt", "output", "message"),
     [
@@ -272,12 +435,24 @@ def test_command_continues_and_plots(saved):
         ("prompt.wav", "o.doc", "sound format"),
         ("prompt.wav", "text.wav/o.wav", "cannot be written"),
         ("empty.wav", "o.wav", "empty"),
+        ("nan.wav", "o.wav", "NaN or infinity at 0.000 s"),
+        ("short.wav", "o.wav", "1.0 ms; this codec needs at least one frame, 5.0 ms"),
+        ("rate.wav", "o.wav", "says that it has 2000000000 samples a second"),
+        ("no-rate.wav", "o.wav", "no sound file that can be read"),
+        (".", "o.wav", "got the folder"),
+        ("prompt.wav", ".", "got the folder"),
     ],
 )
 def test_command_answers_mistakes_in_one_line(saved, prompt, output, message):
     (saved / "text.wav").write_text("this is no sound")
     (saved / "empty.wav").write_bytes(b"")
+    soundfile.write(saved / "nan.wav", np.full(800, np.nan), RATE, subtype="FLOAT")
+    soundfile.write(saved / "short.wav", tone(0.001), RATE)
+    for name, rate in (("rate.wav", 2_000_000_000), ("no-rate.wav", 0)):
+        content = (saved / "prompt.wav").read_bytes()
+        (saved / name).write_bytes(content[:24] + struct.pack("<I", rate) + content[28:])
     (saved / "cut.wav").write_bytes((saved / "prompt.wav").read_bytes()[:2000])
     words = ["continue", str(saved / prompt), "-o", str(saved / output), "-m", str(saved / "model")]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1
+    assert not any("part" in path.name for path in saved.iterdir()) and not (saved / "o.wav").exists()

@@ -12,11 +12,13 @@ import yaml
 
 from tests.tiny_audio import CODEC, FRAMES, SHAPE, tone, write_tones
 from tokenloom import AudioContinuationPipeline, AudioTokenizer, TokenloomError
+from tokenloom.data.captions import Caption, write_captions
 from tokenloom.data.sounds import SoundFolder
 from tokenloom.layouts import Layout
 from tokenloom.training.audio_config import CodecConfig, ContinuationConfig
 from tokenloom.training.codec_task import CodecTask
 from tokenloom.training.config import from_dict, load_config
+from tokenloom.training.continuation_task import ContinuationTask
 from tokenloom.training.data import open_model
 from tokenloom.training.frame_families import FRAME_FAMILIES, Frames, build_frames
 from tokenloom.training.run import train_codec, train_continuation
@@ -84,7 +86,7 @@ def test_codec_is_trained_logged_shown_and_saved(desk):
 def test_training_changes_the_codec_towards_the_sound(desk):
     values = yaml.safe_load((desk / "codec.yaml").read_text())
     task = CodecTask(from_dict(CodecConfig, values | {"loss": {}, "quieter": 6.0}))
-    batch = task.batch(torch.arange(3), torch.Generator().manual_seed(0))
+    batch = task.batch(torch.tensor([0, 9, 18]), torch.Generator().manual_seed(0))
     assert batch["audio"].shape == (3, 1, 800)
     peaks = batch["audio"].abs().amax((1, 2))
     assert (peaks < 0.201).all() and (peaks > 0.099).all() and len(peaks.unique()) == 3
@@ -108,6 +110,39 @@ def test_continuation_is_trained_and_saved_as_a_pipeline(desk):
     assert pipe(tone(0.1), 8000, seconds=0.05, seed=0).audios.shape == (1, 1, 1200)
     assert len(list((desk / "codes").iterdir())) == 1
     assert (desk / "continuation" / "samples" / "step-00000002.png").is_file()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_captions_are_read_if_asked_for(desk, name):
+    texts = ("a low tone", "", "a high tone")
+    tones = [Caption(file=f"{index}.wav", text=text) for index, text in enumerate(texts)]
+    write_captions(write_tones(desk / "told"), tones)
+    told = {"root": str(desk / "told")}
+    values = settings(
+        desk, data=told, text={"max_length": 3, "drop": 0.5}, generator=name, model=MODELS[name]
+    )
+    task = ContinuationTask(from_dict(ContinuationConfig, values))
+    assert task.words.vocabulary == ["tone", "high", "low"]
+    seen = [task.batch(torch.tensor([0, 9, 18]), torch.Generator().manual_seed(seed)) for seed in range(12)]
+    ids = {tuple(row) for batch in seen for row in batch["condition"].tolist()}
+    assert ids == {(0, 0, 0), (4, 2, 0), (3, 2, 0)}
+    loss, _ = task.loss(task.module, seen[0], 0)
+    loss.backward()
+    assert task.generator.condition.table.weight.grad.abs().sum() > 0
+    task.save(desk / f"told-{name}")
+    pipe = AudioContinuationPipeline.from_pretrained(desk / f"told-{name}")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(tone(0.1), 8000, prompt="a high tone", seconds=0.05, seed=0).audios.shape == (1, 1, 1200)
+    task.samples(desk / "told.png")
+    again = {**values, "init_from": str(desk / f"told-{name}")}
+    assert ContinuationTask(from_dict(ContinuationConfig, again)).words.vocabulary == task.words.vocabulary
+    with pytest.raises(TokenloomError, match="set `text` as it was trained"):
+        ContinuationTask(from_dict(ContinuationConfig, {**again, "text": None}))
+
+
+def test_words_need_captions(desk):
+    with pytest.raises(TokenloomError, match="has no captions"):
+        ContinuationTask(from_dict(ContinuationConfig, settings(desk, text={})))
 
 
 def test_codes_are_those_of_whole_sounds_and_come_back_from_the_cache(desk, monkeypatch):

@@ -13,8 +13,8 @@ import soundfile
 import torch
 
 from tokenloom.data.captions import Caption, read_captions, write_captions
-from tokenloom.data.chorales import build_chorales, read_notes, split_of
-from tokenloom.data.musicxml import Note, read_mxl
+from tokenloom.data.chorales import build_chorales, key_of, read_notes, split_of
+from tokenloom.data.musicxml import Note, Score, read_mxl
 from tokenloom.data.piano import Piano
 from tokenloom.data.sounds import SoundFolder, near, windows
 from tokenloom.errors import TokenloomError
@@ -146,6 +146,21 @@ def test_chorales_have_sound_notes_captions_and_credits(chorales):
     assert any(line["tempo"] != 84 for line in notes.values())
     credits = (chorales / "SOURCES.md").read_text()
     assert "Alexander Holm" in credits and "CC-BY-3.0" in credits and "Greentree" in credits
+
+
+@pytest.mark.parametrize(
+    ("fifths", "last", "shift", "key"),
+    [
+        (0, 48, 0, "C major"),
+        (0, 45, 0, "A minor"),
+        (-2, 46, 0, "B flat major"),
+        (3, 54, 1, "G minor"),
+        (0, 52, 0, None),
+    ],
+)
+def test_keys_follow_from_the_signature_and_the_last_bass_note(fifths, last, shift, key):
+    notes = (Note(0, 4, last - 3, 3), Note(4, 4, last, 3), Note(4, 4, last + 19, 0))
+    assert key_of(Score(VOICES, notes, fifths), shift) == key
 
 
 def test_movements_of_one_work_are_of_one_split():

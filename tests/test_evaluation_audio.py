@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import io
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +22,15 @@ from tests.tiny_audio import tiny_codec, tiny_pipeline, write_tones
 from tokenloom import TokenloomError
 from tokenloom.cli import app
 from tokenloom.data.sounds import SoundFolder
+from tokenloom.evaluation import audio_metrics
 from tokenloom.evaluation.audio_codecs import CODECS, code_within, ogg_packets
-from tokenloom.evaluation.audio_metrics import mel_distance, perceptual_scores, si_sdr, stft_distance
+from tokenloom.evaluation.audio_metrics import (
+    mel_distance,
+    missing_scores,
+    perceptual_scores,
+    si_sdr,
+    stft_distance,
+)
 from tokenloom.evaluation.audio_report import codec_table, evaluate_codec, pieces
 from tokenloom.evaluation.note_scores import (
     chromagram,
@@ -52,9 +63,46 @@ def test_distances_grow_with_noise():
     for distance in (lambda a, b: mel_distance(a, b, RATE), stft_distance):
         values = [distance(target + scale * noise(0.5, 1), target) for scale in (0, 0.3, 3.0)]
         assert values[0] == 0 and 0 < values[1] < values[2]
-    assert set(perceptual_scores(target, target, 11025)) <= {"STOI"}
+    assert set(perceptual_scores(target, target, 11025, ["PESQ", "STOI"])) <= {"STOI"}
     with pytest.raises(TokenloomError, match="one length"):
         si_sdr(target[:-1], target)
+
+
+def test_scores_are_measured_or_their_absence_is_said(monkeypatch):
+    target = noise(0.5)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else found(name))
+    missing = {"pesq", "pystoi", "libsvm"}
+    assert perceptual_scores(target, target, RATE) == {}
+    lines = missing_scores(RATE)
+    assert len(lines) == 3 and lines[2].endswith("pip install visqol-python libsvm-official.")
+    assert missing_scores(24000, ["PESQ"]) == ["PESQ is not defined at 24000 Hz, but at 8000 and 16000 Hz."]
+    with pytest.raises(TokenloomError, match="'VISQOL'"):
+        perceptual_scores(target, target, RATE, ["VISQOL"])
+
+
+def test_visqol_is_given_both_sounds_at_48_khz(monkeypatch):
+    given = []
+
+    class Api:
+        def create(self, mode):
+            given.append(mode)
+
+        def measure_from_arrays(self, reference, degraded, rate):
+            given.append((len(reference), float(abs(reference - degraded).max()), rate))
+            return types.SimpleNamespace(moslqo=4.5)
+
+    for name in ("visqol", "libsvm"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sys.modules["visqol"], "VisqolApi", Api, raising=False)
+    audio_metrics._visqol_api.cache_clear()
+    try:
+        assert perceptual_scores(noise(0.5), noise(0.5), RATE, ["ViSQOL"]) == {"ViSQOL": 4.5}
+    finally:
+        audio_metrics._visqol_api.cache_clear()
+    assert given == ["audio", (24000, 0.0, 48000)]
 
 
 def test_codecs_keep_to_their_budget_and_are_charged_their_payload():
@@ -139,7 +187,9 @@ def test_report_of_a_codec(tmp_path):
     chosen = pieces(sounds, 0.4, 2)
     assert [name for name, _ in chosen] == ["0.wav", "2.wav"] and chosen[0][1].shape == (3200,)
     codec = tiny_codec()
-    report = evaluate_codec(codec, [sound for _, sound in chosen], codebooks=[1, 3], codecs=["opus"])
+    report = evaluate_codec(
+        codec, [sound for _, sound in chosen], codebooks=[1, 3], codecs=["opus"], scores=["PESQ"]
+    )
     names = [row["name"] for row in report["rows"]]
     assert names == ["1 codebooks", "opus within 800", "3 codebooks", "opus within 2400"]
     codes = codec.encode(torch.stack([sound for _, sound in chosen])[:, None], num_codebooks=1)
@@ -168,6 +218,8 @@ def test_command_writes_a_report_of_codec_and_continuations(tmp_path: Path):
         "mp3",
         "--codebooks",
         "2",
+        "--score",
+        "PESQ",
     ]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output

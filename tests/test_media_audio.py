@@ -12,7 +12,16 @@ from torch import Tensor
 from torchaudio.functional import resample as whole_resample
 
 from tokenloom.errors import TokenloomError
-from tokenloom.media_audio import audio_blocks, load_audio, resample, save_audio, to_mono
+from tokenloom.media_audio import (
+    AudioWriter,
+    audio_blocks,
+    audio_end,
+    load_audio,
+    resample,
+    resample_end,
+    save_audio,
+    to_mono,
+)
 
 
 def tone(rate: int = 16000, seconds: float = 0.5, channels: int = 1) -> np.ndarray:
@@ -49,6 +58,17 @@ def test_blocks_are_resampled_as_one_piece(tmp_path, rate, seconds):
     assert got.shape == wanted.shape
     assert (got - wanted).abs().max() < 1e-5
     assert load_audio(path, 16000)[1] == 16000
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100])
+@pytest.mark.parametrize("count", [1, 700, 10**6])
+def test_the_end_is_that_of_the_whole(tmp_path, rate, count):
+    path = write(tmp_path / "a.wav", rate, "FLOAT")
+    whole, _ = load_audio(path, 16000)
+    for end in (audio_end(path, 16000, count), resample_end(load_audio(path)[0], rate, 16000, count)):
+        assert end.total == whole.shape[1] and end.samples.shape == (1, min(count, end.total))
+        assert (end.samples - whole[:, -count:]).abs().max() < 1e-5
+        assert float(end.peak) == pytest.approx(float(load_audio(path)[0].abs().max()))
 
 
 def test_ten_milliseconds_and_silence(tmp_path):
@@ -162,6 +182,14 @@ def test_loud_sound_is_turned_down_not_clipped(tmp_path):
     wave = 4 * torch.from_numpy(tone()).T
     audio, _ = load_audio(save_audio(wave, tmp_path / "a.wav", 16000))
     assert torch.allclose(audio, wave / wave.abs().max(), atol=1e-4)
+
+
+def test_a_file_that_is_not_finished_leaves_nothing(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"before")
+    with pytest.raises(KeyboardInterrupt), AudioWriter(tmp_path / "a.wav", 16000) as file:
+        file.write(torch.zeros(100))
+        raise KeyboardInterrupt
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path):

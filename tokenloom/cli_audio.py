@@ -1,4 +1,4 @@
-"""The commands of sound: continue, train-codec, train-continuation, evaluate-audio, data chorales.
+"""The commands of sound: continue, train-codec, train-continuation, evaluate-audio, data chorales, data speech.
 
 Commands import what they need when they run. `tokenloom.cli` adds them to the program and turns errors into one line.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokenloom.cli_options import ERR, OUT, DeviceOption, add_training, device_of
 from tokenloom.errors import TokenloomError
 from tokenloom.models import INDEX_FILE, bundled, resolve
+
+if TYPE_CHECKING:
+    from tokenloom.data.chorales import SoundReport
 
 _PIPELINE = "AudioContinuationPipeline"
 
@@ -25,6 +28,7 @@ def add(app: typer.Typer, data_app: typer.Typer) -> None:
     add_training(app, "train-continuation", "train_continuation", "Train a generator that continues sound.")
     app.command("evaluate-audio")(evaluate_audio)
     data_app.command("chorales")(chorales)
+    data_app.command("speech")(speech)
 
 
 def default_model() -> str:
@@ -47,9 +51,16 @@ def _continues(folder: Path) -> bool:
 
 
 def continue_sound(
-    prompt: Annotated[Path, typer.Argument(help="Sound file: WAV, FLAC, OGG, Opus, MP3.")],
+    sound: Annotated[Path, typer.Argument(help="Sound file: WAV, FLAC, OGG, Opus, MP3.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Sound file to write.")] = Path("out.wav"),
     seconds: Annotated[float, typer.Option(help="Length of the continuation.")] = 4.0,
+    prompt: Annotated[
+        str | None, typer.Option(help='Words, for a model that reads words: "a chorale in G minor".')
+    ] = None,
+    label: Annotated[int | None, typer.Option(help="Class, for a model with classes.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Weight of words or class; 1 switches guidance off.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Gives the same continuation again.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest tokens.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 for all.")] = None,
@@ -72,16 +83,22 @@ def continue_sound(
     from tokenloom import media, media_audio
     from tokenloom.media_spectrogram import plot_spectrograms
     from tokenloom.pipelines.audio_continuation import AudioContinuationPipeline
+    from tokenloom.pipelines.audio_prompt import continue_file
 
     media_audio.check_audio_output(output)
     if plot is not None:
         media.check_output(plot)
-    media_audio.sound_rate(prompt)
+    media_audio.sound_rate(sound)
     diffusers_logging.disable_progress_bar()
     pipe = AudioContinuationPipeline.from_pretrained(folder).to(device_of(device))
     pipe.set_progress_bar_config(desc="continuing", leave=False, disable=None)
-    result = pipe(
-        prompt,
+    made = continue_file(
+        pipe,
+        sound,
+        output,
+        prompt=prompt,
+        label=label,
+        guidance_scale=guidance,
         seconds=seconds,
         seed=seed,
         temperature=temperature,
@@ -89,14 +106,13 @@ def continue_sound(
         top_p=top_p,
         overlap=overlap,
     )
-    rate, sound = result.sampling_rate, result.audios[0, 0]
-    path = media_audio.save_audio(sound, output, rate)
-    begin = result.prompt_samples / rate
+    rate, begin = made.sampling_rate, made.prompt_samples / made.sampling_rate
     OUT.print(
-        f"{path}: {len(sound) / rate:.2f} s, new from {begin:.2f} s (seed {result.seeds[0]})", markup=False
+        f"{made.path}: {made.samples / rate:.2f} s, new from {begin:.2f} s (seed {made.seed})", markup=False
     )
     if plot is not None:
-        OUT.print(plot_spectrograms({path.name: sound}, rate, plot, begin), markup=False)
+        shown = {made.path.name: made.shown}
+        OUT.print(plot_spectrograms(shown, rate, plot, made.shown_from / rate), markup=False)
 
 
 def evaluate_audio(
@@ -120,6 +136,13 @@ def evaluate_audio(
     codecs: Annotated[
         list[str], typer.Option("--codec", help="Only this codec (may be repeated); by default all.")
     ] = [],  # noqa: B006
+    scores: Annotated[
+        list[str],
+        typer.Option(
+            "--score",
+            help="Only this perceptual score (may be repeated): PESQ, STOI, ViSQOL; by default all that are installed.",
+        ),
+    ] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Seed of the first continuation.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -140,6 +163,7 @@ def evaluate_audio(
         [sound for _, sound in chosen],
         codebooks=codebooks or None,
         codecs=codecs or None,
+        scores=scores or None,
         log=_log,
     )
     parts = {"Codec": (figures, audio_report.codec_table(figures))}
@@ -179,7 +203,31 @@ def chorales(
     """Build the set of Bach's chorales on recorded piano notes (credit needed: CC-BY-3.0)."""
     from tokenloom.data.chorales import build_chorales
 
-    report = build_chorales(out, copies=copies, sample_rate=rate, limit=limit, seed=seed, cache_dir=cache)
+    _print_sounds(
+        build_chorales(out, copies=copies, sample_rate=rate, limit=limit, seed=seed, cache_dir=cache)
+    )
+
+
+def speech(
+    out: Annotated[Path, typer.Argument(help="Folder to make; must be empty or missing.")],
+    rate: Annotated[int, typer.Option(help="Samples a second.")] = 16000,
+    held_out: Annotated[
+        str, typer.Option(help='Language whose voice is held out: en, es, fr, it or ru; "" for none.')
+    ] = "fr",
+    limit: Annotated[
+        int | None, typer.Option(help="Take no more prompts of each language than this.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep downloaded packages here.")] = None,
+) -> None:
+    """Build the set of recorded telephone prompts in five languages (share-alike: CC-BY-SA-3.0; credit needed)."""
+    from tokenloom.data.speech import build_speech
+
+    _print_sounds(
+        build_speech(out, sample_rate=rate, held_out=held_out or None, limit=limit, cache_dir=cache)
+    )
+
+
+def _print_sounds(report: SoundReport) -> None:
     parts = ", ".join(f"{name} {count:,}" for name, count in report.splits.items())
     OUT.print(
         f"{report.folder}: {report.sounds:,} sounds ({parts}), {report.minutes:.0f} min, in {report.seconds:.0f} s",

@@ -192,9 +192,9 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         )
     ancestor = next(parent for parent in path.absolute().parents if parent.exists())
     if not ancestor.is_dir():
-        raise _unwritable(path, f"{str(ancestor)!r} is not a folder")
+        raise unwritable(path, f"{str(ancestor)!r} is not a folder")
     if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise _unwritable(path, f"no permission to write in {str(ancestor)!r}")
+        raise unwritable(path, f"no permission to write in {str(ancestor)!r}")
     return path
 
 
@@ -238,7 +238,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
         scratch.replace(path)
     except OSError as error:
-        raise _unwritable(path, error.strerror or str(error)) from error
+        raise unwritable(path, error.strerror or str(error)) from error
     finally:
         try:
             scratch.unlink(missing_ok=True)
@@ -247,7 +247,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
     return path
 
 
-def _unwritable(path: Path, reason: str) -> TokenloomError:
+def unwritable(path: Path, reason: str) -> TokenloomError:
+    """The error that says that a file cannot be written, and why."""
     return TokenloomError(
         f"{str(path)!r} cannot be written: {reason}. Choose another folder, or free its place."
     )

@@ -6,11 +6,11 @@ rates and samples. Knows nothing of codes or models.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError, unknown_name
-from tokenloom.media import write_atomically
+from tokenloom.media import unwritable
 
 _FORMATS: dict[str, tuple[str, str | None]] = {
     ".wav": ("WAV", "PCM_16"),
@@ -79,20 +79,75 @@ def audio_blocks(
         TokenloomError: As for `load_audio`.
     """
     path = Path(path)
-    with _open(path) as file:
-        rate = file.samplerate
-        resampler = _Resampler(rate, rate if sample_rate is None else _check_rate(sample_rate))
-        wanted = math.inf if limit is None else max(1, round(limit * rate))
-        done = 0
-        for block in _raw_blocks(file, path, max(1, round(seconds * rate)), wanted):
-            _check_finite(block, path, done, rate)
-            done += block.shape[0]
-            yield from resampler.push(torch.from_numpy(block.mean(axis=1, dtype=np.float32)))
-        if done == 0:
-            raise TokenloomError(f"The sound file {str(path)!r} holds no samples. Replace it.")
-        if done < wanted:
-            _check_whole(file, path, done)
+    rate = sound_rate(path)
+    resampler = _Resampler(rate, rate if sample_rate is None else _check_rate(sample_rate))
+    for block in _mono_blocks(path, seconds, limit):
+        yield from resampler.push(block)
     yield from resampler.finish()
+
+
+@dataclass(frozen=True)
+class SoundEnd:
+    """The end of a sound.
+
+    Attributes:
+        samples: Its last samples, float32 (..., n).
+        total: Number of all its samples S, at the rate of `samples`.
+        peak: Its largest magnitude before it was resampled, (..., 1).
+    """
+
+    samples: Tensor
+    total: int
+    peak: Tensor
+
+
+def audio_end(path: str | os.PathLike[str], sample_rate: int, count: int) -> SoundEnd:
+    """Reads a sound file to its end block by block, and resamples no more than its last samples.
+
+    Args:
+        path: As for `load_audio`.
+        sample_rate: Rate in Hz to resample to.
+        count: Samples wanted, at this rate; fewer come if the sound is shorter.
+
+    Returns:
+        The last samples (1, n) of what `load_audio` returns, up to rounding.
+
+    Raises:
+        TokenloomError: As for `load_audio`.
+    """
+    rate = sound_rate(path)
+    needed = _reach(rate, sample_rate, count)
+    kept: list[Tensor] = []
+    done, held, peak = 0, 0, torch.zeros(1)
+    for block in _mono_blocks(Path(path)):
+        kept.append(block)
+        done, held = done + block.numel(), held + block.numel()
+        peak = torch.maximum(peak, block.abs().amax())
+        while held - kept[0].numel() >= needed:
+            held -= kept.pop(0).numel()
+    return SoundEnd(*_resampled_end(torch.cat(kept)[None], done, rate, sample_rate, count), peak)
+
+
+def resample_end(audio: Tensor, sampling_rate: int | None, sample_rate: int, count: int) -> SoundEnd:
+    """The last `count` samples of `resample(audio, ...)`, from no more than the end of samples (..., S)."""
+    rate = _known_rate(sampling_rate, sample_rate)
+    end = audio[..., -_reach(rate, sample_rate, count) :]
+    peak = audio.abs().amax(-1, keepdim=True)
+    return SoundEnd(*_resampled_end(end, audio.shape[-1], rate, sample_rate, count), peak)
+
+
+def _reach(rate: int, sample_rate: int, count: int) -> int:
+    """Samples before the end that the last `count` samples follow from."""
+    plan = _Resampler(rate, _check_rate(sample_rate))
+    return -(-count * plan.source // plan.target) + plan.margin + 2 * plan.source
+
+
+def _resampled_end(end: Tensor, done: int, rate: int, sample_rate: int, count: int) -> tuple[Tensor, int]:
+    """The last samples, and the number of all, of a sound of `done` samples that ends with `end` (..., s)."""
+    plan = _Resampler(rate, sample_rate)
+    skip = -(done - end.shape[-1]) % plan.source  # where a whole number of new samples begins
+    total = -(-done * plan.target // plan.source)
+    return resample(end[..., skip:], rate, sample_rate)[..., -min(count, total) :], total
 
 
 def sound_rate(path: str | os.PathLike[str]) -> int:
@@ -102,7 +157,12 @@ def sound_rate(path: str | os.PathLike[str]) -> int:
         TokenloomError: As for `load_audio`.
     """
     with _open(Path(path)) as file:
-        return int(file.samplerate)
+        rate = int(file.samplerate)
+    if not 1 <= rate <= _MOST_RATE:
+        raise TokenloomError(
+            f"The sound file {str(path)!r} says that it has {rate} samples a second; expected 1 to {_MOST_RATE}. Export it again."
+        )
+    return rate
 
 
 def to_mono(audio: Tensor | np.ndarray[Any, Any]) -> Tensor:
@@ -136,16 +196,20 @@ def resample(audio: Tensor, sampling_rate: int | None, sample_rate: int) -> Tens
     Raises:
         TokenloomError: If `sampling_rate` is missing or no rate.
     """
-    if sampling_rate is None:
-        raise TokenloomError(
-            f"The sampling rate of the sound is missing. Pass sampling_rate=..., in Hz; this model works at {sample_rate}."
-        )
-    rate = _check_rate(sampling_rate)
+    rate = _known_rate(sampling_rate, sample_rate)
     if rate == sample_rate:
         return audio
     from torchaudio.functional import resample as sinc
 
     return sinc(audio, rate, _check_rate(sample_rate))
+
+
+def _known_rate(sampling_rate: int | None, sample_rate: int) -> int:
+    if sampling_rate is None:
+        raise TokenloomError(
+            f"The sampling rate of the sound is missing. Pass sampling_rate=..., in Hz; this model works at {sample_rate}."
+        )
+    return _check_rate(sampling_rate)
 
 
 def save_audio(audio: Tensor | np.ndarray[Any, Any], path: str | os.PathLike[str], sample_rate: int) -> Path:
@@ -169,17 +233,70 @@ def save_audio(audio: Tensor | np.ndarray[Any, Any], path: str | os.PathLike[str
     mono = to_mono(audio.detach().cpu() if isinstance(audio, Tensor) else audio)
     if mono.shape[0] != 1:
         raise TokenloomError(f"A file holds one sound, got a batch of {mono.shape[0]}. Save them one by one.")
-    samples = mono[0, 0].numpy()
-    samples = samples / max(1.0, float(np.abs(samples).max()))
-    kind, subtype = _FORMATS[path.suffix.lower()]
-    buffer = io.BytesIO()
-    try:
-        soundfile.write(buffer, samples, _check_rate(sample_rate), format=kind, subtype=subtype)
-    except (soundfile.SoundFileError, ValueError, TypeError) as error:
-        raise TokenloomError(
-            f"{path.suffix} files cannot hold {sample_rate} Hz: {error}. Write a .wav instead."
-        ) from error
-    return write_atomically(path, buffer.getvalue())
+    samples = mono[0, 0] / mono.abs().amax().clamp(min=1)
+    with AudioWriter(path, sample_rate) as file:
+        file.write(samples)
+    return path
+
+
+class AudioWriter:
+    """Writes one channel to a file piece by piece. The file appears when all is written, or not at all.
+
+    Args:
+        path: The file; its ending chooses the format, as for `save_audio`. Missing folders are made.
+        sample_rate: Rate in Hz.
+
+    Raises:
+        TokenloomError: For an unknown ending, a rate that the format does not hold, or a place that cannot be written.
+
+    Example:
+        >>> with AudioWriter("long.wav", 16000) as file:  # doctest: +SKIP
+        ...     file.write(torch.zeros(16000))
+    """
+
+    def __init__(self, path: str | os.PathLike[str], sample_rate: int) -> None:
+        self.path = check_audio_output(path)
+        self.written = 0
+        self._scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        kind, subtype = _FORMATS[self.path.suffix.lower()]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._scratch.touch()
+            self._file = soundfile.SoundFile(
+                self._scratch, "w", _check_rate(sample_rate), 1, format=kind, subtype=subtype
+            )
+        except OSError as error:
+            raise unwritable(self.path, error.strerror or str(error)) from error
+        except (soundfile.SoundFileError, ValueError, TypeError) as error:
+            self._scratch.unlink(missing_ok=True)
+            raise TokenloomError(
+                f"{self.path.suffix} files cannot hold {sample_rate} Hz: {error}. Write a .wav instead."
+            ) from error
+
+    def write(self, audio: Tensor) -> None:
+        """Appends samples (S,) in [-1, 1]; what lies outside is clipped."""
+        try:
+            self._file.write(audio.detach().cpu().float().clamp(-1, 1).numpy())
+        except (
+            soundfile.SoundFileError,
+            AssertionError,
+            OSError,
+        ) as error:  # it asserts that all was written
+            raise unwritable(self.path, str(error) or "no space left") from error
+        self.written += len(audio)
+
+    def __enter__(self) -> AudioWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._file.close()
+            if kind is None:
+                self._scratch.replace(self.path)
+        except (OSError, soundfile.SoundFileError) as error:
+            raise unwritable(self.path, str(error)) from error
+        finally:
+            self._scratch.unlink(missing_ok=True)
 
 
 def check_audio_output(path: str | os.PathLike[str]) -> Path:
@@ -258,6 +375,22 @@ def _open(path: Path) -> soundfile.SoundFile:
         raise TokenloomError(
             f"{str(path)!r} is no sound file that can be read ({error}). Convert it to WAV, FLAC, OGG or MP3."
         ) from error
+
+
+def _mono_blocks(path: Path, seconds: float = 30.0, limit: float | None = None) -> Iterator[Tensor]:
+    """Samples (n,) of a file at its own rate, block by block; raises if the file is damaged, cut off or empty."""
+    with _open(path) as file:
+        rate = file.samplerate
+        wanted = math.inf if limit is None else max(1, round(limit * rate))
+        done = 0
+        for block in _raw_blocks(file, path, max(1, round(seconds * rate)), wanted):
+            _check_finite(block, path, done, rate)
+            done += block.shape[0]
+            yield torch.from_numpy(block.mean(axis=1, dtype=np.float32))
+        if done == 0:
+            raise TokenloomError(f"The sound file {str(path)!r} holds no samples. Replace it.")
+        if done < wanted:
+            _check_whole(file, path, done)
 
 
 def _raw_blocks(

