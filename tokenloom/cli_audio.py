@@ -172,7 +172,7 @@ def evaluate_audio(
 
         pipe = AudioContinuationPipeline.from_pretrained(folder).to(device_of(device))
         pipe.set_progress_bar_config(disable=True)
-        scores = continuations.evaluate_continuations(
+        judged = continuations.evaluate_continuations(
             pipe,
             sounds,
             prompt_seconds=prompt_seconds,
@@ -181,7 +181,7 @@ def evaluate_audio(
             seed=seed,
             log=_log,
         )
-        parts["Continuations"] = (scores, continuations.continuation_table(scores))
+        parts["Continuations"] = (judged, continuations.continuation_table(judged))
     for path in audio_report.write_audio_report(parts, output):
         OUT.print(path, markup=False)
 

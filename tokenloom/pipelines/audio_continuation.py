@@ -212,11 +212,11 @@ class AudioContinuationPipeline(Pipeline):
     ) -> Tensor | None:
         """Word ids (B, P) or classes (B,), `None` where the model goes on as it likes."""
         condition = self.generator.condition
-        if prompt is not None and self.text_tokenizer is None:
-            raise TokenloomError("This model was trained without words; leave the prompt out.")
         if label is not None and not isinstance(condition, ClassCondition):
             raise TokenloomError("This model was trained without classes; leave the label out.")
         if prompt is not None:
+            if self.text_tokenizer is None:
+                raise TokenloomError("This model was trained without words; leave the prompt out.")
             given = read_prompts(self.text_tokenizer, inputs.check_prompts(prompt), logger, "continuation")
         elif label is not None:
             given = torch.as_tensor([label] if isinstance(label, int) else label)
