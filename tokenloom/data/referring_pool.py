@@ -152,9 +152,8 @@ class Pool:
 
     def licences(self) -> dict[str, int]:
         """How many cut-outs and photographs there are under each licence, the most frequent first."""
-        return dict(
-            Counter(item.licence or "unknown" for item in (*self.cut_outs, *self.backgrounds)).most_common()
-        )
+        licences = [item.licence for item in self.cut_outs] + [item.licence for item in self.backgrounds]
+        return dict(Counter(licence or "unknown" for licence in licences).most_common())
 
     def part(self, split: str) -> Pool:
         """The cut-outs of one split, on the backgrounds of "train" or of "val".

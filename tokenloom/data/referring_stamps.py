@@ -135,7 +135,7 @@ def _cut_out(file: Path, size: int) -> Image.Image | None:
         raise TokenloomError(f"The stamp {file.name!r} of {PACKAGE} cannot be read ({error}).") from error
     alpha = picture.getchannel("A")
     box = alpha.point(lambda value: 255 * (value > 127)).getbbox()
-    if box is None or alpha.getextrema()[0] > 127:  # type: ignore[operator]  # one band: two numbers
+    if box is None or alpha.getextrema()[0] > 127:  # one band: two numbers
         return None
     picture = picture.crop(box)
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)

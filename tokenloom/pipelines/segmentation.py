@@ -207,7 +207,7 @@ class SegmentationPipeline(Pipeline):
         if mask_tokens is not None:
             self.tokenizer.check_num_tokens(mask_tokens)
         many = isinstance(image, (list, tuple))
-        asked = ask_each(image, prompt, boxes) if many else [ask(image, prompt, boxes)]
+        asked = ask_each(list(image), prompt, boxes) if many else [ask(image, prompt, boxes)]  # type: ignore[arg-type]
         words = [self._words(one) for one in asked]
         rule, sampler = self._settings(guidance_scale, temperature, top_k, top_p)
         pictures = self._encode([one.image for one in asked])

@@ -95,7 +95,9 @@ def stft_loss(output: Tensor, target: Tensor, windows: Sequence[int] = (512, 204
     losses = []
     for window in windows:
         ours, wanted = _magnitude(output, window), _magnitude(target, window).detach()
-        apart = (ours - wanted).norm() / wanted.norm().clamp(min=_QUIET)  # of the batch: one of its sounds may be silent
+        apart = (ours - wanted).norm() / wanted.norm().clamp(
+            min=_QUIET
+        )  # of the batch: one of its sounds may be silent
         logs = F.l1_loss(ours.clamp(min=_QUIET).log(), wanted.clamp(min=_QUIET).log())
         losses.append(apart + logs)
     return torch.stack(losses).mean()
