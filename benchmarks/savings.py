@@ -22,8 +22,8 @@ from torch import Tensor
 
 from tokenloom.evaluation.benchmark import compare_speed, environment
 from tokenloom.evaluation.speed_cells import make_cell
+from tokenloom.generators.kernels import SkinnyLinear, kernels
 from tokenloom.generators.sampling import Sampling, guide, sample_tokens
-from tokenloom.generators.skinny import SkinnyLinear, kernels
 from tokenloom.media import write_atomically
 from tokenloom.rng import gumbel
 

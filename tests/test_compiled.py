@@ -24,12 +24,12 @@ from tokenloom.generators import (
     capture,
     compiled,
     orders,
-    skinny,
 )
 from tokenloom.generators.arguments import Run
 from tokenloom.generators.base import Generator
 from tokenloom.generators.block_diffusion import BlockDiffusionGenerator
 from tokenloom.generators.decoding.cached import CachedStepper
+from tokenloom.generators.kernels import SkinnyLinear, build
 from tokenloom.layouts import Layout
 
 ALL = list(cases())
@@ -301,20 +301,20 @@ def test_the_detector_detects() -> None:
 
 def _fresh(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[], Any]:
     monkeypatch.setenv("TOKENLOOM_CACHE", str(folder))
-    skinny.kernels.cache_clear()
-    return skinny.kernels
+    build.kernels.cache_clear()
+    return build.kernels
 
 
 @pytest.fixture(autouse=True)
 def _restore() -> Any:
     yield
-    skinny.kernels.cache_clear()
+    build.kernels.cache_clear()
 
 
 def test_kernels_agree_with_torch() -> None:
-    loaded = skinny.kernels()
+    loaded = build.kernels()
     if loaded is None:  # no compiler here: then the rung must still work
-        assert skinny._library_path("").suffix == ".so"
+        assert build._library_path("").suffix == ".so"
         return
     for rows, width, outputs in ((1, 24, 72), (2, 37, 5), (3, 8, 1), (4, 64, 33), (7, 19, 16)):
         x, weight, bias = torch.randn(rows, width), torch.randn(outputs, width), torch.randn(outputs)
@@ -347,11 +347,11 @@ def test_without_kernels_the_rung_is_cached(
     if broken == "off":
         monkeypatch.setenv("TOKENLOOM_KERNELS", "0")
     elif broken == "no compiler":
-        monkeypatch.setattr(skinny.shutil, "which", lambda name: None)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
     elif broken == "failing compiler":
-        monkeypatch.setattr(skinny.shutil, "which", lambda name: "/bin/false")
+        monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/false")
     elif broken == "wrong results":
-        monkeypatch.setattr(skinny, "_correct", lambda loaded: False)
+        monkeypatch.setattr(build, "_correct", lambda loaded: False)
     else:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("TOKENLOOM_CACHE", str(tmp_path / "file"))
@@ -375,11 +375,11 @@ def test_other_thread_counts_give_the_same_codes() -> None:
 
 def test_int8_is_near_and_follows_the_weights() -> None:
     """Each weight is off by at most half a step of its output; the name has to be asked for."""
-    loaded = skinny.kernels()
+    loaded = build.kernels()
     if loaded is None:
         return
     linear = torch.nn.Linear(64, 48)
-    layer, x = skinny.SkinnyLinear(linear, loaded, int8=True), torch.randn(2, 64)
+    layer, x = SkinnyLinear(linear, loaded, int8=True), torch.randn(2, 64)
     codes, scale = layer.rounded()
     assert float((codes * scale[:, None] - linear.weight.detach()).abs().amax() / scale.amax()) <= 0.5 + 1e-3
     with torch.no_grad():
@@ -392,8 +392,8 @@ def test_int8_is_near_and_follows_the_weights() -> None:
     codes_int8 = model.generate(conditions("class", 2), seeds=1, decode="compiled-int8")
     assert codes_int8.shape == (2, 36)
     fast: Any = compiled._state(model, True).fast
-    layers = [each for each in fast.modules() if isinstance(each, skinny.SkinnyLinear)]
-    assert layers and all(each.int8 and each._rounded is not None for each in layers)
+    layers = [each for each in fast.modules() if isinstance(each, SkinnyLinear)]
+    assert layers and all(each.int8 and each._made is not None for each in layers)
 
 
 def test_bfloat16_runs_without_kernels() -> None:

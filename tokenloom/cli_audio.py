@@ -71,6 +71,9 @@ def continue_sound(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Bundled name, folder, or hub id.")
     ] = None,
+    decode: Annotated[
+        str, typer.Option(help="auto, cached or compiled: the same sound, the last one faster.")
+    ] = "auto",
     plot: Annotated[
         Path | None, typer.Option(help="Also write a figure of spectrograms (needs tokenloom[figures]).")
     ] = None,
@@ -105,6 +108,7 @@ def continue_sound(
         top_k=top_k,
         top_p=top_p,
         overlap=overlap,
+        decode=decode,
     )
     rate, begin = made.sampling_rate, made.prompt_samples / made.sampling_rate
     OUT.print(

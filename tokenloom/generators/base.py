@@ -64,6 +64,7 @@ class Generator(ModelMixin, ConfigMixin):
     rope_sin: Tensor
     row_position: Tensor
     tokens: Any  # a TokenTable, or what `make_tokens` of a subclass returns
+    draw: Callable[..., Tensor] = staticmethod(sample_tokens)  # codes of logits; a rung may have another way
 
     @register_to_config
     def __init__(
@@ -393,7 +394,7 @@ class Generator(ModelMixin, ConfigMixin):
         self, logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling, step: int
     ) -> Tensor:
         try:
-            return sample_tokens(logits, seeds, positions, sampling) - self.special
+            return self.draw(logits, seeds, positions, sampling) - self.special
         except TokenloomError as error:
             if torch.isfinite(logits).all():
                 raise

@@ -26,13 +26,17 @@ class CacheLayer:
         """
         start, batch = self.cache.length, keys.shape[0]
         stop = start + keys.shape[2]
-        if stop > self.keys.shape[2]:
-            raise TokenloomError(
-                f"The cache holds {self.keys.shape[2]} rows, but row {stop} was written; make it larger."
-            )
+        self.check(stop)
         self.keys[:batch, :, start:stop] = keys
         self.values[:batch, :, start:stop] = values
         return self.keys[:batch, :, :stop], self.values[:batch, :, :stop]
+
+    def check(self, rows: int) -> None:
+        """Raises unless there is room for `rows` rows."""
+        if rows > self.keys.shape[2]:
+            raise TokenloomError(
+                f"The cache holds {self.keys.shape[2]} rows, but row {rows} was written; make it larger."
+            )
 
 
 class Cache:

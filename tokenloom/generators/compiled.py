@@ -1,7 +1,7 @@
 """The compiled rung: the work of `cached` with what one call leaves to the next.
 
-On a processor: key/value buffers that are reused, and matrix products of few rows by a kernel that is built on first use
-(`tokenloom.generators.skinny`); without it, what `cached` does. On CUDA the steps are recorded once and replayed
+On a processor: key/value buffers that are reused, and few rows by kernels that are built on first use
+(`tokenloom.generators.kernels`); without them, what `cached` does. On CUDA the steps are recorded once and replayed
 (`tokenloom.generators.capture`). The codes are those of `cached`, up to rounding. "compiled-int8" reads weights rounded to
 int8 for few rows: another model by a little, and never chosen unasked. Knows rungs, plans and modules; knows no paradigm.
 """
@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokenloom.errors import unknown_name
 from tokenloom.generators import capture
 from tokenloom.generators.cache import Cache
 from tokenloom.generators.decoding.cached import CachedStepper
 from tokenloom.generators.decoding.rows import RowModel
-from tokenloom.generators.skinny import SkinnyLinear, kernels
+from tokenloom.generators.kernels import QuickDraw, RowTransformer, SkinnyLinear, kernels
+from tokenloom.generators.transformer import Transformer
 
 if TYPE_CHECKING:
     from tokenloom.generators.arguments import Run
@@ -55,13 +57,25 @@ def _fingerprint(module: nn.Module) -> tuple[object, ...]:
 
 def _state(generator: Any, int8: bool) -> _State:
     """The state of a generator, or a new one."""
-    mark = _fingerprint(generator)
+    mark, plan = _fingerprint(generator), getattr(generator, "plan", None)
     with _LOCK:
         states = _STATES.setdefault(generator, {})
         state = states.get(int8)
-        if state is None or state.fingerprint != mark or state.plan is not generator.plan:
-            state = states[int8] = _State(mark, generator.plan, _fast(generator, int8))
+        if state is None or state.fingerprint != mark or state.plan is not plan:
+            state = states[int8] = _State(mark, plan, _fast(generator, int8))
         return state
+
+
+def worker(name: str, generator: Any) -> Any:
+    """Who does the work of a rung for generators without steppers: the generator, or its twin with kernels.
+
+    Raises:
+        TokenloomError: For a name that is no rung of such generators.
+    """
+    names = ("auto", "cached", "compiled", "compiled-int8")
+    if name not in names:
+        raise unknown_name("decode rung", name, names)
+    return _state(generator, name == "compiled-int8").fast if name.startswith("compiled") else generator
 
 
 def forget(generator: nn.Module) -> None:
@@ -71,7 +85,7 @@ def forget(generator: nn.Module) -> None:
 
 
 def _fast(generator: Any, int8: bool) -> Any:
-    """The same generator over the same tensors, with linear layers for few rows; itself where that is no gain."""
+    """The same generator over the same tensors, with kernels for few rows; itself where that is no gain."""
     weights = list(generator.parameters())
     ready = bool(weights) and all(each.device.type == "cpu" for each in weights)
     if (
@@ -92,6 +106,11 @@ def _fast(generator: Any, int8: bool) -> Any:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, SkinnyLinear(child, loaded, int8))
+    for module in list(twin.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is Transformer and (made := RowTransformer.of(child, loaded)) is not None:
+                setattr(module, name, made)
+    twin.draw = QuickDraw(loaded)
     return twin
 
 

@@ -131,16 +131,16 @@ class PatchDecoder(nn.Module):
     def _feed(self, tables: nn.ModuleList, codes: Tensor, step: int) -> Tensor:
         """Row (B, 1, d) of the codes (B, G, K) of one step."""
         time, book = (index.tolist() for index in self.steps[step][1])
-        rows = [self.widen(tables[k](codes[:, t, k])) for t, k in zip(time, book, strict=True)]
-        return torch.stack(rows).sum(0)[:, None]
+        rows = [tables[k](codes[:, t, k]) for t, k in zip(time, book, strict=True)]
+        return self.widen(torch.stack(rows).sum(0))[:, None]
 
     def _logits(self, hidden: Tensor, step: int) -> Tensor:
         """Logits (B, n, V) of the positions of a step of hidden states (B, d); -inf beyond their codebook."""
         books = self.steps[step][1][1].tolist()
-        rows = [self.heads[k](hidden)[:, : self.sizes[k]].float() for k in books]
-        return torch.stack(
-            [F.pad(row, (0, max(self.sizes) - row.shape[1]), value=-torch.inf) for row in rows], 1
-        )
+        rows, most = [self.heads[k](hidden)[:, : self.sizes[k]].float() for k in books], max(self.sizes)
+        if min(self.sizes) < most:
+            rows = [F.pad(row, (0, most - row.shape[1]), value=-torch.inf) for row in rows]
+        return torch.stack(rows, 1)
 
     def hidden(self, tables: nn.ModuleList, vectors: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced hidden states (B, S, d) of vectors (B, D) and codes (B, G, K)."""
@@ -174,16 +174,16 @@ class PatchDecoder(nn.Module):
         codes: Tensor | None = None
         cache = self.layers.new_cache(len(vectors), len(self.steps))
         x = self.start(vectors)[:, None]
+        every = self.layers.rope(torch.arange(len(self.steps), device=vectors.device)[:, None])
         for step, (positions, (time, book)) in enumerate(self.steps):
-            rope = self.layers.rope(torch.full((1, 1), step, device=vectors.device))
+            rope = None if every is None else (every[0][step : step + 1], every[1][step : step + 1])
             hidden = self.layers(x, rope=rope, cache=cache)[0][:, 0]
             cache.commit(1)
             drawn = draw(self._logits(hidden, step), positions.to(vectors.device))
             codes = drawn.new_zeros(len(drawn), frames, books) if codes is None else codes
             codes[:, time, book] = drawn
             if step + 1 < len(self.steps):
-                x = self._feed(tables, codes, step)
-                x = x.repeat(len(vectors) // len(codes), 1, 1)
+                x = self._feed(tables, codes, step).repeat(len(vectors) // len(codes), 1, 1)
         return codes if codes is not None else vectors.new_zeros(0, frames, books, dtype=torch.long)
 
 

@@ -135,6 +135,11 @@ def checks_later(flags: list[Tensor]) -> Iterator[None]:
         _LATER.flags = None
 
 
+def checking_later() -> bool:
+    """Whether this thread is inside `checks_later`."""
+    return getattr(_LATER, "flags", None) is not None
+
+
 def sample_tokens(
     logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling | None = None, *, check: bool = True
 ) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tokenloom.errors import TokenloomError
 from tokenloom.generators import orders
 from tokenloom.generators.arguments import Step, check_batch, check_codes, check_known
+from tokenloom.generators.compiled import worker
 from tokenloom.generators.conditions import Given, make_condition
 from tokenloom.generators.patches import (
     PatchDecoder,
@@ -53,6 +54,7 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"  # type: ignore[assignment]
+    draw: Callable[..., Tensor] = staticmethod(sample_tokens)  # codes of logits; a rung may have another way
 
     @register_to_config
     def __init__(
@@ -155,48 +157,65 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
         known: Tensor | None = None,
         keep: Tensor | None = None,
         on_step: Callable[[Step], None] | None = None,
+        decode: str = "auto",
     ) -> Tensor:
-        """Generates codes (B, N); arguments as for `Generator.generate`, but that `on_step` is called after each patch."""
-        given, batch = check_batch(self.condition, condition, batch_size, self.device)
+        """Generates codes (B, N); arguments as for `Generator.generate`, but that `on_step` is called after each patch.
+
+        `decode` is "auto" ("cached"), "cached", "compiled" or "compiled-int8".
+        """
+        own = worker(decode, self)
+        if own is not self:
+            options = {"guidance": guidance, "sampling": sampling, "seeds": seeds, "on_step": on_step}
+            return own.generate(condition, batch_size=batch_size, known=known, keep=keep, **options)
+        device = self.device  # a property that walks all modules
+        given, batch = check_batch(self.condition, condition, batch_size, device)
         size = self.order.layout.size
         if known is not None:
             self._check(known, "known")
-        kept = check_known(known, keep, batch, torch.ones(size, dtype=torch.bool), self._limits, self.device)
-        seeds, strength = as_seeds(seeds, batch, self.device), Guidance.of(guidance)
+        kept = check_known(known, keep, batch, torch.ones(size, dtype=torch.bool), self._limits, device)
+        seeds, strength = as_seeds(seeds, batch, device), Guidance.of(guidance)
         sampling = sampling or Sampling()
         prefix, visible = self._prefixes(given, condition, batch, strength.enabled)
         cache = self.transformer.new_cache(len(prefix), prefix.shape[1] + self.patches - 1)
-        x, done = prefix, 0
-        codes = torch.zeros(
-            batch, self.patches, self.patch, len(self.sizes), dtype=torch.long, device=self.device
-        )
-        committed = torch.zeros(size, dtype=torch.bool)
-        per_patch = size // self.patches
+        codes = torch.zeros(batch, self.patches, self.patch, len(self.sizes), dtype=torch.long, device=device)
+        committed, per_patch = torch.zeros(size, dtype=torch.bool), size // self.patches
+        begun = 0  # patches at the beginning that are known: they are read at once
+        if kept is not None:
+            given_patches = kept[1].unflatten(1, (self.patches, -1)).all(2).all(0)
+            begun = int(given_patches.long().cumprod(0).sum())
+            codes[:, :begun] = kept[0][:, : begun * per_patch].view_as(codes[:, :begun])
+        x, done = self._begin(prefix, codes[:, : min(begun, self.patches - 1)].flatten(1, 2)), 0
         for index in range(self.patches):
-            progress, rows = index / max(1, self.patches - 1), x.shape[1]
-            mask = visible[:, :, done : done + rows, : done + rows]
-            hidden = self.transformer(
-                x,
-                rope=self._rope(done, done + rows, self.device),
-                mask=mask,
-                cache=cache,
-                condition=self._pooled(prefix),
-            )[0][:, -1]
-            cache.commit(rows)
-            done += rows
-            scale = strength.at(progress, step=index, made=index * per_patch, count=per_patch)
-            part = slice(index * per_patch, (index + 1) * per_patch)
-            if kept is not None and bool(kept[1][:, part].all()):  # nothing to draw
-                codes[:, index] = kept[0][:, part].view_as(codes[:, index])
-            else:
+            part, progress = (
+                slice(index * per_patch, (index + 1) * per_patch),
+                index / max(1, self.patches - 1),
+            )
+            if index >= begun:
+                rows = x.shape[1]
+                hidden = self.transformer(
+                    x,
+                    rope=self._rope(done, done + rows, device),
+                    mask=visible[:, :, done : done + rows, : done + rows],
+                    cache=cache,
+                    condition=self._pooled(prefix),
+                )[0][:, -1]
+                cache.commit(rows)
+                done += rows
+                scale = strength.at(progress, step=index, made=index * per_patch, count=per_patch)
                 draw = self._drawing(part.start, scale, batch, seeds, sampling.at(progress), kept)
                 codes[:, index] = self.decoder.generate(self.tables, hidden, draw)
+                x = self._rows(codes[:, index]).repeat(len(prefix) // batch, 1, 1)
             committed[part] = True
             if on_step is not None:
                 on_step(Step(index, self.patches, codes.flatten(1), committed.clone()))
-            if index + 1 < self.patches:
-                x = self._rows(codes[:, index]).repeat(len(prefix) // batch, 1, 1)
         return codes.flatten(1)
+
+    def _begin(self, prefix: Tensor, known: Tensor) -> Tensor:
+        """Rows (b, P + p, D) of the prefix and of known codes (B, p G, K)."""
+        if not known.shape[1]:
+            return prefix
+        rows = self._rows(known).to(prefix.dtype)
+        return torch.cat([prefix, rows.repeat(len(prefix) // len(rows), 1, 1)], dim=1)
 
     def _prefixes(
         self, given: Given | None, condition: Given | None, batch: int, guided: bool
@@ -211,8 +230,8 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
         masks = [self._visible(half, total, self.device).expand(batch, -1, -1, -1) for half in halves]
         return torch.cat(rows), torch.cat(masks)
 
-    @staticmethod
     def _drawing(
+        self,
         first: int,
         scale: float,
         batch: int,
@@ -229,7 +248,7 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
                 outside = ours == -torch.inf
                 mixed = guide(ours.masked_fill(outside, 0), null.masked_fill(outside, 0), scale)
                 logits = mixed.masked_fill(outside, -torch.inf)
-            ids = sample_tokens(logits, seeds, positions, sampling)
+            ids = self.draw(logits, seeds, positions, sampling)
             if kept is not None:
                 ids = torch.where(kept[1][:, positions], kept[0][:, positions], ids)
             return ids

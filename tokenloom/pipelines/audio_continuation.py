@@ -23,6 +23,7 @@ from torch import Tensor
 from tokenloom.errors import TokenloomError
 from tokenloom.generators.base import Generator
 from tokenloom.generators.conditions import ClassCondition, NoCondition, WordCondition
+from tokenloom.generators.parallel.options import Parallel
 from tokenloom.generators.sampling import Guidance, Sampling
 from tokenloom.generators.two_level import TwoLevelGenerator
 from tokenloom.pipelines import inputs
@@ -141,6 +142,7 @@ class AudioContinuationPipeline(Pipeline):
         num_continuations: int = 1,
         stream: bool | str = False,
         output_type: str = "pt",
+        decode: str | Parallel = "auto",
     ) -> Any:
         """Continues sound.
 
@@ -165,6 +167,9 @@ class AudioContinuationPipeline(Pipeline):
                 "windows" a chunk is what a whole window adds, which costs less in all. Memory does not grow with the length
                 of prompt or continuation.
             output_type: "pt" or "np".
+            decode: How codes are made: "auto", "cached", or "compiled", which is several times as fast on a processor and
+                takes some seconds once a machine; a generator that is not two-level has all rungs of `Generator`. All give
+                the same codes, up to rounding.
 
         Returns:
             `AudioContinuationOutput`, or with `stream` the iterator.
@@ -189,7 +194,7 @@ class AudioContinuationPipeline(Pipeline):
             condition = condition.repeat_interleave(count, dim=0)
         end = given.end.repeat_interleave(count, dim=0)
         seeds = inputs.make_seeds(seed, generator, len(end))
-        job = _Job(end, given.samples, samples, back, rule, seeds, guidance, condition)
+        job = _Job(end, given.samples, samples, back, rule, seeds, guidance, condition, decode)
         if stream:
             return (_as(output_type, piece) for _, piece in self._pieces(job, live=stream != "windows"))
         context = self._context(job)
@@ -301,6 +306,7 @@ class AudioContinuationPipeline(Pipeline):
                 known=known.to(device),
                 keep=keep.to(device),
                 on_step=on_step,
+                decode=job.decode,
             )
 
         return sliding_frames(generate, context, self.window[0], job.back, needed, live=live)
@@ -319,6 +325,7 @@ class _Job:
         seeds: LongTensor (B,).
         guidance: Of the condition.
         condition: Word ids (B, P), classes (B,) or `None`.
+        decode: Rung.
     """
 
     end: Tensor
@@ -329,6 +336,7 @@ class _Job:
     seeds: Tensor
     guidance: Guidance
     condition: Tensor | None
+    decode: str | Parallel
 
     @functools.cached_property
     def gain(self) -> Tensor:
