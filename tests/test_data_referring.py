@@ -252,6 +252,26 @@ def test_absent_phrases_name_nothing_that_is_there() -> None:
         assert phrase is not None and phrase.targets == () and "frog" in phrase.text
 
 
+def test_an_absent_colour_is_asked_for_only_where_one_is_free() -> None:
+    """Four things of one name whose colours are near all others."""
+    seen = [Thing("toy", "object", colour) for colour in ("brown", "purple", "green", "pink", "gray")]
+    for seed in range(60):
+        phrase = absent_phrase(scene(*seen), ("frog",), random.Random(seed))
+        assert phrase is not None and "frog" in phrase.text
+
+
+def test_scenes_of_some_categories(pool: Pool) -> None:
+    kinds = sorted({item.category for item in pool.cut_outs if item.split == "train" and item.category})
+    maker = SceneMaker(pool, "train", SceneConfig(size=48, categories=[kinds[0]]))  # type: ignore[arg-type]
+    assert len(kinds) > 1
+    for seed in range(20):
+        made = maker.scene(seed)
+        assert {thing.category for thing in made.things} == {kinds[0]}
+        assert set(maker.absent_names(made)) <= set(maker.names) < {item.name for item in pool.cut_outs}
+    with pytest.raises(TokenloomError, match="category of cut-outs"):
+        SceneMaker(pool, "train", SceneConfig(categories=("frut",)))
+
+
 def test_every_kind_occurs_and_absent_ones_are_few(pool: Pool) -> None:
     maker = SceneMaker(pool, "train", SMALL)
     counts = Counter(phrase.kind for seed in range(60) for phrase in scene_example(maker, seed)[1])

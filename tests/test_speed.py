@@ -166,6 +166,11 @@ def test_random_models_have_the_shapes_of_the_official_ones() -> None:
     assert modulated and all(bool(value.any()) for value in modulated)
 
 
+def test_the_bundled_picture_is_a_cell() -> None:
+    cell = speed_cells.make_cell("picture")
+    assert cell.whole and speed.check_equal(cell, cell.labels(1), ["cached", "compiled"]) == 64
+
+
 def test_a_side_that_picks_other_codes_is_named() -> None:
     cell = tiny_cell()
     labels = cell.labels(2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenloom import Sampling, TokenloomError, TwoLevelGenerator, orders
-from tokenloom.generators import Step
+from tokenloom.generators import Parallel, ParallelStats, Step
 from tokenloom.layouts import Layout
 
 SIZES = (6, 5, 9)
@@ -88,6 +88,49 @@ def test_a_sample_depends_on_its_seed_alone(guidance):
     alone = model.generate(words[2:], seeds=[7], guidance=guidance)
     assert torch.equal(together[2:], alone)
     assert not torch.equal(together, model.generate(words, seeds=[8, 9, 10], guidance=guidance))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("draft", ["neighbor", "repeat"])
+@pytest.mark.parametrize("window", [2, 5])
+def test_guessed_steps_give_the_same_codes(order, draft, window):
+    """With guidance, kept codes and samples that differ; greedy decoding accepts many guesses, hot sampling few."""
+    model, label = build(order), torch.tensor([0, 3])
+    known, keep = model.generate(label, seeds=9), torch.arange(24) % 5 == 1
+    for options in (
+        {"sampling": GREEDY},
+        {"guidance": 2.0, "sampling": Sampling(0.7, 4)},
+        {"known": known, "keep": keep, "sampling": Sampling(1.5)},
+    ):
+        stats = ParallelStats()
+        decode = Parallel(window, draft, stats=stats)
+        want, got = (model.generate(label, seeds=5, decode=rung, **options) for rung in ("cached", decode))
+        assert torch.equal(want, got)
+        steps = model.order.num_steps
+        assert stats.steps == steps and steps / window <= stats.forwards <= steps
+        assert stats.accepted <= stats.tested
+    assert torch.equal(model.generate(label, seeds=5), model.generate(label, seeds=5, decode="parallel"))
+
+
+def test_a_right_guess_saves_a_forward():
+    """A decoder that repeats itself: after the first patch every guess is right."""
+    model = build({"name": "flat"}, "none")
+    with torch.no_grad():
+        model.decoder.start.weight.zero_()
+        for table in model.tables:
+            table.weight.zero_()
+    stats = ParallelStats()
+    codes = model.generate(batch_size=1, sampling=GREEDY, decode=Parallel(6, "neighbor", stats=stats))
+    assert torch.equal(codes, model.generate(batch_size=1, sampling=GREEDY))
+    assert stats.steps == 24 and stats.forwards <= 6 + 3
+
+
+def test_guessing_says_what_it_cannot_do():
+    for options in (Parallel(draft="recycle"), Parallel(accept="speculative")):
+        with pytest.raises(TokenloomError, match="Inside a patch"):
+            build().generate(torch.tensor([1]), decode=options)
+    with pytest.raises(TokenloomError, match="parallel"):
+        build().generate(torch.tensor([1]), decode="paralel")
 
 
 def test_guidance_mixes_logits():

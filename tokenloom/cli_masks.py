@@ -124,12 +124,19 @@ def referring_scenes(
     ] = ["val_style", "val"],  # noqa: B006
     size: Annotated[int, typer.Option(help="Side of the scenes in pixels.")] = 128,
     seed: Annotated[int, typer.Option(help="Decides the scenes.")] = 1,
+    categories: Annotated[
+        list[str],
+        typer.Option(
+            "--category", help="Only objects of this category of the pool (may be repeated); default all."
+        ),
+    ] = [],  # noqa: B006
 ) -> None:
     """Write frozen scenes with phrases and masks, for evaluation."""
     from tokenloom.data.referring import freeze_scenes
     from tokenloom.data.referring_scenes import SceneConfig
 
-    phrases = freeze_scenes(pool, out, count=count, splits=splits, config=SceneConfig(size=size), seed=seed)
+    config = SceneConfig(size=size, categories=tuple(categories))
+    phrases = freeze_scenes(pool, out, count=count, splits=splits, config=config, seed=seed)
     _OUT.print(f"{out}: {count * len(splits):,} scenes, {phrases:,} phrases", markup=False)
 
 

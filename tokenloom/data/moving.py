@@ -122,15 +122,9 @@ class MotionMaker:
     def __init__(self, pool: Pool, split: str = TRAIN, config: MotionConfig | None = None) -> None:
         self.config = config or MotionConfig()
         self.split = split
-        self.pool = pool.part(TRAIN if split == VAL_PAIR else split)
+        self.pool = pool.part(TRAIN if split == VAL_PAIR else split, self.config.categories)
         motions = self.config.motions or tuple(MOTIONS)
-        wanted = self.config.categories
-        known = {item.category for item in pool.cut_outs if item.category}
-        for name in wanted:
-            if name not in known:
-                raise unknown_name("category of cut-outs", name, sorted(known))
-        things = [item for item in self.pool.cut_outs if not wanted or item.category in wanted]
-        choices = [(item, [m for m in motions if self._allowed(item.name, m)]) for item in things]
+        choices = [(item, [m for m in motions if self._allowed(item.name, m)]) for item in self.pool.cut_outs]
         self.choices = [(item, allowed) for item, allowed in choices if allowed]
         if not self.choices:
             raise TokenloomError(

@@ -199,7 +199,8 @@ def absent_phrase(scene: Scene, names: Sequence[str], rng: random.Random) -> Phr
         seen = {things[index].colour for index in same}
         if None not in seen and all(things[index].name == noun for index in same):
             near = seen | {other for one in seen for other in _NEAR.get(str(one), ())}
-            return Phrase(f"the {rng.choice([c for c in COLOURS if c not in near])} {noun}", "absent", ())
+            if free := [colour for colour in COLOURS if colour not in near]:
+                return Phrase(f"the {rng.choice(free)} {noun}", "absent", ())
     present = {word for thing in things for word in thing.name.split()}
     present |= {thing.category for thing in things if thing.category}
     for _ in range(20):

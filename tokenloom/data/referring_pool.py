@@ -155,16 +155,24 @@ class Pool:
         licences = [item.licence for item in self.cut_outs] + [item.licence for item in self.backgrounds]
         return dict(Counter(licence or "unknown" for licence in licences).most_common())
 
-    def part(self, split: str) -> Pool:
-        """The cut-outs of one split, on the backgrounds of "train" or of "val".
+    def part(self, split: str, categories: Sequence[str] = ()) -> Pool:
+        """The cut-outs of one split, all or those of some categories, on the backgrounds of "train" or of "val".
 
         Raises:
-            TokenloomError: For an unknown split, or one without pictures.
+            TokenloomError: For an unknown split or category, or one without pictures.
         """
         if split not in SPLITS:
             raise unknown_name("split of the pool", split, SPLITS)
+        known = {item.category for item in self.cut_outs if item.category}
+        for name in categories:
+            if name not in known:
+                raise unknown_name("category of cut-outs", name, sorted(known))
         ground = TRAIN if split == TRAIN else VAL
-        cut_outs = tuple(item for item in self.cut_outs if item.split == split)
+        cut_outs = tuple(
+            item
+            for item in self.cut_outs
+            if item.split == split and (not categories or item.category in categories)
+        )
         backgrounds = tuple(item for item in self.backgrounds if item.split == ground)
         if not cut_outs or not backgrounds:
             raise TokenloomError(

@@ -32,6 +32,7 @@ class SceneConfig:
 
     Attributes:
         size: Side of a scene in pixels.
+        categories: Only objects of these categories of the pool; empty for all.
         most: Most objects, 1 to 4.
         smallest: Least side of an object, as a share of the scene's.
         largest: Largest side of an object.
@@ -43,6 +44,7 @@ class SceneConfig:
     """
 
     size: int = 128
+    categories: tuple[str, ...] = ()
     most: int = 4
     smallest: float = 0.2
     largest: float = 0.6
@@ -53,6 +55,7 @@ class SceneConfig:
     jpeg: int = 55
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "categories", tuple(self.categories))
         right = self.size >= 16 and 1 <= self.most <= len(_COUNTS) and 0 < self.smallest <= self.largest <= 1
         if not right or not 1 <= self.jpeg <= 100 or min(self.blur, self.noise, self.rotate) < 0:
             raise TokenloomError(
@@ -122,7 +125,8 @@ class SceneMaker:
     """
 
     def __init__(self, pool: Pool, split: str = "train", config: SceneConfig | None = None) -> None:
-        self.pool, self.split, self.config = pool.part(split), split, config or SceneConfig()
+        self.split, self.config = split, config or SceneConfig()
+        self.pool = pool.part(split, self.config.categories)
         self._strange_names: dict[tuple[bool, tuple[str, ...]], tuple[str, ...]] = {}
 
     @cached_property

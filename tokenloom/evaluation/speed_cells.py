@@ -76,10 +76,11 @@ class Cell:
 
 def _picture(overrides: Mapping[str, Any], detokenize: bool) -> Cell:
     """The bundled model, as its pipeline runs it; a call makes a picture."""
+    from tokenloom.pipelines.preset import merge_settings
     from tokenloom.pipelines.text_to_image import TextToImagePipeline
 
     pipe = TextToImagePipeline.from_pretrained()
-    guidance, sampling = pipe._settings(None, None, None, None, None)
+    guidance, sampling = merge_settings(pipe.config["sampling"], None)
     decode = pipe.tokenizer.requires_grad_(False).decode if detokenize else None
     generator = pipe.generator.requires_grad_(False)
     words = pipe.encode_prompts(["red apple"])

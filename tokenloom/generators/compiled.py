@@ -66,13 +66,13 @@ def _state(generator: Any, int8: bool) -> _State:
         return state
 
 
-def worker(name: str, generator: Any) -> Any:
+def worker(name: str, generator: Any, *others: str) -> Any:
     """Who does the work of a rung for generators without steppers: the generator, or its twin with kernels.
 
     Raises:
-        TokenloomError: For a name that is no rung of such generators.
+        TokenloomError: For a name that is no rung of such generators, nor one of `others`.
     """
-    names = ("auto", "cached", "compiled", "compiled-int8")
+    names = ("auto", "cached", "compiled", "compiled-int8", *others)
     if name not in names:
         raise unknown_name("decode rung", name, names)
     return _state(generator, name == "compiled-int8").fast if name.startswith("compiled") else generator

@@ -134,7 +134,7 @@ class PatchDecoder(nn.Module):
         rows = [tables[k](codes[:, t, k]) for t, k in zip(time, book, strict=True)]
         return self.widen(torch.stack(rows).sum(0))[:, None]
 
-    def _logits(self, hidden: Tensor, step: int) -> Tensor:
+    def step_logits(self, hidden: Tensor, step: int) -> Tensor:
         """Logits (B, n, V) of the positions of a step of hidden states (B, d); -inf beyond their codebook."""
         books = self.steps[step][1][1].tolist()
         rows, most = [self.heads[k](hidden)[:, : self.sizes[k]].float() for k in books], max(self.sizes)
@@ -142,10 +142,12 @@ class PatchDecoder(nn.Module):
             rows = [F.pad(row, (0, most - row.shape[1]), value=-torch.inf) for row in rows]
         return torch.stack(rows, 1)
 
-    def hidden(self, tables: nn.ModuleList, vectors: Tensor, codes: Tensor) -> Tensor:
-        """Teacher-forced hidden states (B, S, d) of vectors (B, D) and codes (B, G, K)."""
+    def hidden(
+        self, tables: nn.ModuleList, vectors: Tensor, codes: Tensor, steps: int | None = None
+    ) -> Tensor:
+        """Teacher-forced hidden states (B, S, d) of vectors (B, D) and codes (B, G, K); of the first `steps` alone if given."""
         rows = [self.start(vectors)[:, None]]
-        rows += [self._feed(tables, codes, step) for step in range(len(self.steps) - 1)]
+        rows += [self._feed(tables, codes, step) for step in range((steps or len(self.steps)) - 1)]
         places = torch.arange(len(rows), device=vectors.device)
         mask = places[:, None] >= places
         return self.layers(torch.cat(rows, 1), rope=self.layers.rope(places[:, None]), mask=mask)[0]
@@ -153,7 +155,7 @@ class PatchDecoder(nn.Module):
     def logits(self, tables: nn.ModuleList, vectors: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced logits (B, G K, V) in layout order of vectors (B, D) and codes (B, G, K)."""
         hidden = self.hidden(tables, vectors, codes)
-        parts = [self._logits(hidden[:, step], step) for step in range(len(self.steps))]
+        parts = [self.step_logits(hidden[:, step], step) for step in range(len(self.steps))]
         return torch.cat(parts, dim=1)[:, self.order.inverse.to(hidden.device)]
 
     @torch.no_grad()
@@ -179,7 +181,7 @@ class PatchDecoder(nn.Module):
             rope = None if every is None else (every[0][step : step + 1], every[1][step : step + 1])
             hidden = self.layers(x, rope=rope, cache=cache)[0][:, 0]
             cache.commit(1)
-            drawn = draw(self._logits(hidden, step), positions.to(vectors.device))
+            drawn = draw(self.step_logits(hidden, step), positions.to(vectors.device))
             codes = drawn.new_zeros(len(drawn), frames, books) if codes is None else codes
             codes[:, time, book] = drawn
             if step + 1 < len(self.steps):

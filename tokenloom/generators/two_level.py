@@ -23,6 +23,8 @@ from tokenloom.generators import orders
 from tokenloom.generators.arguments import Step, check_batch, check_codes, check_known
 from tokenloom.generators.compiled import worker
 from tokenloom.generators.conditions import Given, make_condition
+from tokenloom.generators.parallel.options import Parallel
+from tokenloom.generators.parallel.patches import GuessedPatches
 from tokenloom.generators.patches import (
     PatchDecoder,
     PatchEncoder,
@@ -157,13 +159,15 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
         known: Tensor | None = None,
         keep: Tensor | None = None,
         on_step: Callable[[Step], None] | None = None,
-        decode: str = "auto",
+        decode: str | Parallel = "auto",
     ) -> Tensor:
         """Generates codes (B, N); arguments as for `Generator.generate`, but that `on_step` is called after each patch.
 
-        `decode` is "auto" ("cached"), "cached", "compiled" or "compiled-int8".
+        `decode` is "auto" ("cached"), "cached", "compiled", "compiled-int8", or "parallel" (or a `Parallel`): the steps
+        inside a patch are guessed, several in a forward, and the codes are those of "cached".
         """
-        own = worker(decode, self)
+        ahead = Parallel() if decode == "parallel" else decode if isinstance(decode, Parallel) else None
+        own = self if isinstance(decode, Parallel) or ahead is not None else worker(decode, self, "parallel")
         if own is not self:
             options = {"guidance": guidance, "sampling": sampling, "seeds": seeds, "on_step": on_step}
             return own.generate(condition, batch_size=batch_size, known=known, keep=keep, **options)
@@ -178,6 +182,7 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
         prefix, visible = self._prefixes(given, condition, batch, strength.enabled)
         cache = self.transformer.new_cache(len(prefix), prefix.shape[1] + self.patches - 1)
         codes = torch.zeros(batch, self.patches, self.patch, len(self.sizes), dtype=torch.long, device=device)
+        write = self.decoder.generate if ahead is None else GuessedPatches(self.decoder, batch, ahead)
         committed, per_patch = torch.zeros(size, dtype=torch.bool), size // self.patches
         begun = 0  # patches at the beginning that are known: they are read at once
         if kept is not None:
@@ -203,7 +208,7 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
                 done += rows
                 scale = strength.at(progress, step=index, made=index * per_patch, count=per_patch)
                 draw = self._drawing(part.start, scale, batch, seeds, sampling.at(progress), kept)
-                codes[:, index] = self.decoder.generate(self.tables, hidden, draw)
+                codes[:, index] = write(self.tables, hidden, draw)
                 x = self._rows(codes[:, index]).repeat(len(prefix) // batch, 1, 1)
             committed[part] = True
             if on_step is not None:

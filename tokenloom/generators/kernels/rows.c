@@ -71,8 +71,8 @@ static inline void totals(v8 a, v8 b, v8 c, v8 d, float *to) {
 #endif
 }
 
-/* M rows by R outputs; M R is a multiple of 4, or both are 1. */
-#define TILE(NAME, TYPE, LOAD, M, R)                                                                        \
+/* M rows by R outputs; M R is a multiple of 4, or both are 1. AHEAD: whether to ask memory for the next R outputs. */
+#define TILE(NAME, TYPE, LOAD, M, R, AHEAD)                                                                  \
   static inline void NAME(const float *x, const TYPE *w, const float *scale, const float *bias, float *y,   \
                           long outputs, long width) {                                                       \
     v8 sums[M * R];                                                                                         \
@@ -84,6 +84,7 @@ static inline void totals(v8 a, v8 b, v8 c, v8 d, float *to) {
       for (int m = 0; m < M; m++) in[m] = load_f32(x + m * width + k);                                      \
       for (int r = 0; r < R; r++) {                                                                         \
         v8 weight = LOAD(w + r * width + k);                                                                \
+        if (AHEAD && !(k * sizeof(TYPE) % 64)) __builtin_prefetch(w + (R + r) * width + k);                 \
         for (int m = 0; m < M; m++) sums[m * R + r] += in[m] * weight;                                      \
       }                                                                                                     \
     }                                                                                                       \
@@ -105,10 +106,11 @@ static inline void totals(v8 a, v8 b, v8 c, v8 d, float *to) {
          y + m * outputs + o + r, outputs, width);
 
 #define KERNEL(KIND, TYPE)                                                                                  \
-  TILE(KIND##_1_8, TYPE, load_##KIND, 1, 8) TILE(KIND##_1_1, TYPE, load_##KIND, 1, 1)                       \
-  TILE(KIND##_2_6, TYPE, load_##KIND, 2, 6) TILE(KIND##_2_1, TYPE, load_##KIND, 2, 1)                       \
-  TILE(KIND##_3_4, TYPE, load_##KIND, 3, 4) TILE(KIND##_3_1, TYPE, load_##KIND, 3, 1)                       \
-  TILE(KIND##_4_3, TYPE, load_##KIND, 4, 3) TILE(KIND##_4_1, TYPE, load_##KIND, 4, 1)                       \
+  TILE(KIND##_1_8, TYPE, load_##KIND, 1, 8, 0) TILE(KIND##_1_1, TYPE, load_##KIND, 1, 1, 0)                       \
+  TILE(KIND##_2_6, TYPE, load_##KIND, 2, 6, 1) TILE(KIND##_2_1, TYPE, load_##KIND, 2, 1, 0)                       \
+  TILE(KIND##_3_4, TYPE, load_##KIND, 3, 4, 1) TILE(KIND##_3_1, TYPE, load_##KIND, 3, 1, 0)                       \
+  TILE(KIND##_4_3, TYPE, load_##KIND, 4, 3, 1) TILE(KIND##_4_1, TYPE, load_##KIND, 4, 1, 0)                 \
+  TILE(KIND##_4_3_near, TYPE, load_##KIND, 4, 3, 0)                                                         \
   static void product_##KIND(const float *x, const TYPE *w, const float *scale, const float *bias,          \
                              float *y, long rows, long outputs, long width, int threads) {                  \
     PARALLEL                                                                                                \
@@ -120,7 +122,9 @@ static inline void totals(v8 a, v8 b, v8 c, v8 d, float *to) {
           case 1: RUN(KIND##_1_8, 8) RUN(KIND##_1_1, 1) break;                                              \
           case 2: RUN(KIND##_2_6, 6) RUN(KIND##_2_1, 1) break;                                              \
           case 3: RUN(KIND##_3_4, 4) RUN(KIND##_3_1, 1) break;                                              \
-          default: RUN(KIND##_4_3, 3) RUN(KIND##_4_1, 1)                                                    \
+          default:                                                                                          \
+            if (m) { RUN(KIND##_4_3_near, 3) } else { RUN(KIND##_4_3, 3) }                                  \
+            RUN(KIND##_4_1, 1)                                                                              \
         }                                                                                                   \
       }                                                                                                     \
     }                                                                                                       \

@@ -20,8 +20,8 @@ from tokenloom.generators.kernels.linear import SkinnyLinear
 from tokenloom.generators.transformer import Transformer
 from tokenloom.layers import MLPS, Block
 
-MOST_ROWS = 32
-"""Rows of all samples up to which one call is made."""
+MOST_ROWS, MOST_WIDE_ROWS, WIDE = 32, 16, 512
+"""Rows of all samples up to which one call is made, and those from a width on where a matrix library is faster again."""
 _QK_NORMS = (None, "l2", "layer", "rms")
 _BLOCK_TENSORS = ("norm1", "norm2", "query", "key")
 
@@ -91,7 +91,8 @@ class RowTransformer(Transformer):
         return super().forward(x, **options)
 
     def _covers(self, x: Tensor, options: dict[str, Any]) -> bool:
-        few = x.ndim == 3 and 0 < x.shape[0] * x.shape[1] <= MOST_ROWS
+        most = MOST_ROWS if self.config.width < WIDE else MOST_WIDE_ROWS
+        few = x.ndim == 3 and 0 < x.shape[0] * x.shape[1] <= most
         if not few or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
         if (
