@@ -7,7 +7,7 @@
         --figures video-report/report.json
 
 What the card says stands in `recipes/cards/cards.yaml`; the course of the training comes from the log, the figures from
-`tokenloom evaluate-tokenizer` or `tokenloom evaluate-video` (or from any JSON mapping).
+`tokenloom evaluate-tokenizer`, `evaluate-video` or `evaluate-segmentation` (or from any JSON mapping).
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def course(log: Path, batch_size: int) -> dict[str, Any]:
 
 
 def summary(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a report of `evaluate-tokenizer` or `evaluate-video` that a card holds; another mapping as it is."""
+    """The figures of a report of an evaluation that a card holds; another mapping as it is."""
     if "tokens" in figures:
         return clips_summary(figures)
+    if "codes" in figures:
+        return masks_summary(figures)
     if "points" not in figures:
         return figures
     return {
@@ -85,6 +87,21 @@ def clips_summary(figures: dict[str, Any]) -> dict[str, Any]:
         found["steps"] = speed["steps"]
         found["frames_per_second"] = round(speed["frames_per_second"], 1)
     return {**found, "details": "docs/video.md"}
+
+
+def masks_summary(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a report of `evaluate-segmentation` that a card holds: all phrases of each split, and mask tokens."""
+    found: dict[str, Any] = {}
+    for key, values in figures["figures"].items():
+        split, kind, model = key.split("/")
+        if kind == "all phrases":
+            chosen = {name: values[name] for name in ("gIoU", "cIoU", "absent accuracy")}
+            found.setdefault(split, {})[model] = {name: round(value, 3) for name, value in chosen.items()}
+    codes = [
+        {name: value if isinstance(value, str) else round(value, 3) for name, value in row.items()}
+        for row in figures["codes"]
+    ]
+    return {"splits": found, "codes": codes, "details": "docs/masks.md"}
 
 
 def main() -> None:

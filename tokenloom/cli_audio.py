@@ -5,15 +5,14 @@ Commands import what they need when they run. `tokenloom.cli` adds them to the p
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokenloom import models
 from tokenloom.cli_options import ERR, OUT, DeviceOption, add_training, device_of
 from tokenloom.errors import TokenloomError
-from tokenloom.models import INDEX_FILE, bundled, resolve
 
 if TYPE_CHECKING:
     from tokenloom.data.chorales import SoundReport
@@ -29,25 +28,6 @@ def add(app: typer.Typer, data_app: typer.Typer) -> None:
     app.command("evaluate-audio")(evaluate_audio)
     data_app.command("chorales")(chorales)
     data_app.command("speech")(speech)
-
-
-def default_model() -> str:
-    """The first bundled model that continues sound.
-
-    Raises:
-        TokenloomError: If there is none.
-    """
-    for info in bundled().values():
-        if _continues(info.path):
-            return info.name
-    raise TokenloomError(
-        "No bundled model continues sound. Give --model a folder that `tokenloom train-continuation` wrote, or a hub id."
-    )
-
-
-def _continues(folder: Path) -> bool:
-    index = folder / INDEX_FILE
-    return index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("_class_name") == _PIPELINE
 
 
 def continue_sound(
@@ -80,7 +60,9 @@ def continue_sound(
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a piece of sound. The prompt stays as it is; the seed is printed."""
-    folder = resolve(default_model() if model is None else model)  # before the slow imports
+    folder = models.resolve(
+        models.default_for(_PIPELINE, "train-continuation") if model is None else model
+    )  # before the slow imports
     from diffusers.utils import logging as diffusers_logging
 
     from tokenloom import media, media_audio
@@ -151,7 +133,9 @@ def evaluate_audio(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure a codec beside Opus, MP3 and Vorbis, and continuations note by note."""
-    folder = resolve(default_model() if model is None else model)  # before the slow imports
+    folder = models.resolve(
+        models.default_for(_PIPELINE, "train-continuation") if model is None else model
+    )  # before the slow imports
     from tokenloom.data.chorales import NOTES_FILE
     from tokenloom.data.sounds import SoundFolder
     from tokenloom.evaluation import audio_report, continuations
@@ -171,7 +155,7 @@ def evaluate_audio(
         log=_log,
     )
     parts = {"Codec": (figures, audio_report.codec_table(figures))}
-    if _continues(folder) and (data / NOTES_FILE).is_file():
+    if models.pipeline_class(folder) == _PIPELINE and (data / NOTES_FILE).is_file():
         from tokenloom.pipelines.audio_continuation import AudioContinuationPipeline
 
         pipe = AudioContinuationPipeline.from_pretrained(folder).to(device_of(device))

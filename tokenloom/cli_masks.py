@@ -15,7 +15,7 @@ from tokenloom.cli_options import OUT as _OUT
 from tokenloom.cli_options import DeviceOption, add_training
 from tokenloom.cli_options import device_of as _device
 from tokenloom.errors import TokenloomError
-from tokenloom.models import resolve
+from tokenloom.models import default_for, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +46,9 @@ def add_commands(app: typer.Typer, data_app: typer.Typer) -> None:
 def segment(
     image: Annotated[Path, typer.Argument(help="Picture file.")],
     phrases: Annotated[list[str], typer.Argument(help="What to segment, e.g. 'the green apple'.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Bundled name, folder, or hub id.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Bundled name, folder, or hub id.")
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Mask to write: white is the object.")
     ] = Path("mask.png"),
@@ -56,7 +58,8 @@ def segment(
     device: DeviceOption = "auto",
 ) -> None:
     """Segment what phrases mean in a picture; several phrases write several masks."""
-    folder = resolve(model)  # before the slow imports
+    name = default_for("SegmentationPipeline", "train-segmentation") if model is None else model
+    folder = resolve(name)  # before the slow imports
     from PIL import Image
 
     from tokenloom import media

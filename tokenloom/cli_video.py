@@ -5,15 +5,14 @@ Commands import what they need when they run. Knows nothing of how things work.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tokenloom import models
 from tokenloom.cli_options import ERR, OUT, DeviceOption, add_training, device_of
 from tokenloom.errors import TokenloomError
-from tokenloom.models import INDEX_FILE, bundled, is_pipeline, resolve
 
 _PIPELINE = "VideoPipeline"
 _Categories = Annotated[
@@ -33,21 +32,6 @@ def add(app: typer.Typer, data_app: typer.Typer) -> None:
     app.command("evaluate-video")(evaluate_video)
     data_app.command("video")(data_video)
     data_app.command("flare")(data_flare)
-
-
-def default_model() -> str:
-    """The first bundled model of clips.
-
-    Raises:
-        TokenloomError: If there is none.
-    """
-    for info in bundled().values():
-        index = info.path / INDEX_FILE
-        if index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("_class_name") == _PIPELINE:
-            return info.name
-    raise TokenloomError(
-        "No bundled model makes clips. Give --model a folder that `tokenloom train-video` wrote, or a hub id."
-    )
 
 
 def video(
@@ -78,7 +62,9 @@ def video(
     device: DeviceOption = "auto",
 ) -> None:
     """Make a clip from words, or continue one. The seed is printed."""
-    folder = resolve(default_model() if model is None else model)  # before the slow imports
+    folder = models.resolve(
+        models.default_for(_PIPELINE, "train-video") if model is None else model
+    )  # before the slow imports
     from diffusers.utils import logging as diffusers_logging
 
     from tokenloom import media_video
@@ -151,16 +137,18 @@ def evaluate_video(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure a model of clips: tokens beside video codecs, prompts, motion, speed."""
-    folder = resolve(default_model() if model is None else model)  # before the slow imports
+    folder = models.resolve(
+        models.default_for(_PIPELINE, "train-video") if model is None else model
+    )  # before the slow imports
     from tokenloom.evaluation import video_judge, video_report
     from tokenloom.pipelines.video import VideoPipeline
     from tokenloom.tokenizers import load_tokenizer
 
-    subject = (VideoPipeline.from_pretrained if is_pipeline(folder) else load_tokenizer)(folder)
+    subject = (VideoPipeline.from_pretrained if models.is_pipeline(folder) else load_tokenizer)(folder)
     subject.to(device_of(device))
     if getattr(subject, "tokenizer", subject).modality != "video":
         raise TokenloomError("Expected a model of clips, got one of another modality.")
-    if is_pipeline(folder):
+    if models.is_pipeline(folder):
         subject.set_progress_bar_config(disable=True)
     report = video_report.evaluate_video(
         subject,

@@ -66,6 +66,30 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / INDEX_FILE).is_file()
 
 
+def pipeline_class(folder: Path) -> str | None:
+    """Name of the class of a saved pipeline; `None` for a folder that holds none."""
+    index = folder / INDEX_FILE
+    return json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+
+
+def default_for(pipeline: str, command: str) -> str:
+    """Name of the first bundled model of a class of pipelines.
+
+    Args:
+        pipeline: Name of the class.
+        command: The command that trains such models, for the error.
+
+    Raises:
+        TokenloomError: If there is none.
+    """
+    for info in bundled().values():
+        if pipeline_class(info.path) == pipeline:
+            return info.name
+    raise TokenloomError(
+        f"No bundled model is a {pipeline}. Give --model a folder that `tokenloom {command}` wrote, or a hub id."
+    )
+
+
 def is_component(folder: Path) -> bool:
     """Whether a folder holds one saved component: a tokenizer or a generator."""
     return (folder / CONFIG_FILE).is_file()

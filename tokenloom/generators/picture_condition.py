@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
@@ -25,10 +26,20 @@ class PictureCondition(Condition):
         words: Words a phrase T.
         width: Model width D.
         factor: Width of the word table.
+        pointing: Whether every word also tells where the picture shows it: its row gets, projected, how much more each place
+            names the word than nothing. What places name has a loss of its own (`named`), so the model need not find
+            out by its answers what words look like.
     """
 
     def __init__(
-        self, rows: int, features: int, vocabulary: int, words: int, width: int, factor: int = 64
+        self,
+        rows: int,
+        features: int,
+        vocabulary: int,
+        words: int,
+        width: int,
+        factor: int = 64,
+        pointing: bool = False,
     ) -> None:
         super().__init__()
         self.picture_rows, self.features, self.length = rows, features, rows + words
@@ -36,6 +47,11 @@ class PictureCondition(Condition):
         self.norm = make_norm("layer", features, 1e-5, True)
         self.project = nn.Linear(features, width)
         self.place = nn.Parameter(torch.randn(1, rows, width) * 0.02)
+        self.pointing = pointing
+        if pointing:
+            self.name = nn.Linear(features, factor)
+            self.name_bias = nn.Parameter(torch.zeros(vocabulary))
+            self.point = nn.Linear(rows, width, bias=False)
 
     def null(self, batch: int, device: torch.device) -> PictureWords:
         """No words about a picture of zeros."""
@@ -69,7 +85,24 @@ class PictureCondition(Condition):
         """The rows (B, P, D) of a picture's features (B, P, F)."""
         return self.project(self.norm(features.to(self.project.weight.dtype))) + self.place
 
+    def named(self, features: Tensor) -> Tensor:
+        """Logits (B, P, W) of the words that name what each place shows; id 0 is "nothing". Only with `pointing`."""
+        table = self.words.table.weight
+        said = self.name(features.to(table.dtype)) / table.shape[1] ** 0.5
+        return F.linear(said, table, self.name_bias)
+
+    def say(self, features: Tensor, words: Tensor) -> Tensor:
+        """The rows (B n, T, D) of words (B n, T): n phrases about each of the pictures of features (B, P, F)."""
+        rows = self.words(words, len(words), words.device)
+        if not self.pointing:
+            return rows
+        logits = self.named(features)
+        asked = words.view(len(features), 1, -1).expand(-1, self.picture_rows, -1)
+        shown = (logits.gather(2, asked) - logits[..., :1]).sigmoid()  # (B, P, n T)
+        shown = shown.transpose(1, 2).reshape(*words.shape, -1)
+        return rows + self.point(shown * (words > 0)[..., None])
+
     def forward(self, condition: PictureWords, batch: int, device: torch.device) -> Tensor:  # type: ignore[override]
         """The rows of the picture, then one row a word."""
-        words = self.words(condition.words, batch, device)
+        words = self.say(condition.features, condition.words)
         return torch.cat((self.look(condition.features), words), dim=1)

@@ -169,7 +169,12 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
         ahead = Parallel() if decode == "parallel" else decode if isinstance(decode, Parallel) else None
         own = self if isinstance(decode, Parallel) or ahead is not None else worker(decode, self, "parallel")
         if own is not self:
-            options = {"guidance": guidance, "sampling": sampling, "seeds": seeds, "on_step": on_step}
+            options: dict[str, Any] = {
+                "guidance": guidance,
+                "sampling": sampling,
+                "seeds": seeds,
+                "on_step": on_step,
+            }
             return own.generate(condition, batch_size=batch_size, known=known, keep=keep, **options)
         device = self.device  # a property that walks all modules
         given, batch = check_batch(self.condition, condition, batch_size, device)

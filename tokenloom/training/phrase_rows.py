@@ -1,4 +1,4 @@
-"""Two economies of training by phrase: phrases that share the rows of their picture, and places that name what they see.
+"""Two economies of training by phrase: phrases that share the rows of their picture, and the loss of what places name.
 
 Knows rows of pictures, words and answers. Knows nothing of scenes, tokenizers or loops.
 
@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenloom.errors import TokenloomError
 from tokenloom.generators.picture_condition import PictureCondition
@@ -44,7 +44,7 @@ def shared_logits(
         raise TokenloomError("Phrases share the rows of a picture only where causal_prefix is on.")
     count, own = len(words) // pictures, plan.rows - first
     tokens = generator.tokens(answers[:, plan.position[plan.position >= 0]])
-    said = torch.cat((condition.words(words, len(words), words.device), tokens), dim=1)
+    said = torch.cat((condition.say(features, words), tokens), dim=1)
     x = torch.cat((condition.look(features), said.reshape(pictures, count * own, -1)), dim=1)
     rows = torch.cat((torch.arange(first), torch.arange(first, plan.rows).repeat(count)))
     phrase = torch.cat((torch.full((first,), -1), torch.arange(count).repeat_interleave(own)))
@@ -58,31 +58,13 @@ def shared_logits(
     return logits.masked_fill(~generator.possible(positions), -torch.inf)
 
 
-class PlaceWords(nn.Module):
-    """Logits (B, P, W) of the words that name what each place shows, in the word table of the phrases.
-
-    Args:
-        features: Width of the picture's features.
-        words: Number of word ids W.
-        width: Width of the word table.
-    """
-
-    def __init__(self, features: int, words: int, width: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(features, width)
-        self.bias = nn.Parameter(torch.zeros(words))
-
-    def forward(self, features: Tensor, table: Tensor) -> Tensor:
-        return F.linear(self.project(features) / table.shape[1] ** 0.5, table, self.bias)
-
-
 def place_loss(logits: Tensor, instances: Tensor, things: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the words that name what places show; a place of background says id 0, "no word".
 
     A place between objects names each by its share of the pixels, and an object each of its words alike.
 
     Args:
-        logits: (B, P, W), P the places of a square grid in rows.
+        logits: (B, P, W) of `PictureCondition.named`, P the places of a square grid in rows.
         instances: Integers (B, S, S): 0 is background, i + 1 is object i.
         things: LongTensor (B, M, T), the words of each object, 0 = no word.
     """

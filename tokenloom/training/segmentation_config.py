@@ -87,7 +87,8 @@ class SegmentationConfig:
         share_picture: Whether rows of the picture do not see the words, so that all phrases of a picture share them
             ("tokens"): a phrase then costs its own rows alone.
         place_loss: Weight of a loss that lets every place of the picture name the words of what is seen there
-            ("tokens"): scenes know all their objects, and the encoder learns them without waiting for a phrase.
+            ("tokens"): scenes know all their objects, and the encoder learns them without waiting for a phrase. Words then
+            point at the places that name them (`PictureCondition`); 0 leaves both out.
         mask_loss: Weight of the hierarchical mask loss, which decodes predicted tokens; 0 turns it off.
         mask_levels: Prefix lengths drawn for it a step.
         sampling: Preset stored with the model: guidance_scale, temperature, top_k, top_p.

@@ -36,7 +36,7 @@ from tokenloom.tokenizers.registry import load_tokenizer
 from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.training.loop import Task
 from tokenloom.training.mask_losses import bce_loss, dice_loss, draw_levels, hierarchical_loss
-from tokenloom.training.phrase_rows import PlaceWords, place_loss, shared_logits
+from tokenloom.training.phrase_rows import place_loss, shared_logits
 from tokenloom.training.scenes import SceneSource, draw_seeds
 from tokenloom.training.segmentation_config import SegmentationConfig
 
@@ -106,24 +106,17 @@ class PhraseModel(nn.Module):
         encoder: Of pictures.
         generator: Of answers.
         share: Whether all phrases of a picture share its rows in the generator, too.
-        places: Whether places of the picture name what is seen there.
     """
 
-    def __init__(
-        self, encoder: PictureEncoder, generator: RangedTokenGenerator, share: bool, places: bool
-    ) -> None:
+    def __init__(self, encoder: PictureEncoder, generator: RangedTokenGenerator, share: bool) -> None:
         super().__init__()
         self.encoder, self.generator, self.share = encoder, generator, share
-        self.places = PlaceWords(encoder.features, *self.table().shape) if places else None
-
-    def table(self) -> Tensor:
-        """The word table of the phrases."""
-        return cast(PictureCondition, self.generator.condition).words.table.weight
 
     def forward(self, pixels: Tensor, words: Tensor, answers: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (B n, N, V) of answers (B n, N) to words (B n, T) about pictures (B, 3, S, S), and of words a place."""
         features = self.encoder(pixels)
-        named = None if self.places is None else self.places(features, self.table())
+        condition = cast(PictureCondition, self.generator.condition)
+        named = condition.named(features) if condition.pointing else None
         if self.share:
             return shared_logits(self.generator, features, words, answers), named
         features = features.repeat_interleave(len(words) // len(pixels), dim=0)
@@ -160,12 +153,12 @@ class SegmentationTask(PhraseTask):
                 "features": self.encoder.features,
                 "vocabulary": len(self.words),
                 "words": config.max_length,
+                "pointing": config.place_loss > 0,
             },
             rule_config={"ranges": self.answers.ranges},
             causal_prefix=config.share_picture,
         )
-        places = config.place_loss > 0
-        self.module = PhraseModel(self.encoder, self.generator, config.share_picture, places).train()
+        self.module = PhraseModel(self.encoder, self.generator, config.share_picture).train()
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Moves the mask tokenizer, which is not trained."""
