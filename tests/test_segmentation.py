@@ -17,6 +17,7 @@ from tokenloom import MaskTokenizer, PictureEncoder, RangedTokenGenerator, Segme
 from tokenloom.errors import TokenloomError
 from tokenloom.evaluation.film_unet import FilmUNet
 from tokenloom.generators import PictureWords, Sampling, orders
+from tokenloom.generators.picture_condition import PictureCondition
 from tokenloom.layouts import Layout
 from tokenloom.pipelines.segmentation import overlay
 from tokenloom.tokenizers import AnswerCodes
@@ -314,11 +315,16 @@ def test_both_models_train(segmenter: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("learned", [0, 29])
-def test_phrases_share_the_rows_of_their_picture(pipe: SegmentationPipeline, learned: int) -> None:
+@pytest.mark.parametrize("pointing", [False, True])
+def test_phrases_share_the_rows_of_their_picture(
+    pipe: SegmentationPipeline, learned: int, pointing: bool
+) -> None:
     torch.manual_seed(2)
     options = {key: value for key, value in pipe.generator.config.items() if not key.startswith("_")}
     shape = {"width": 24, "heads": 2, "depth": 2, "learned_positions": learned}
-    generator = RangedTokenGenerator(**{**options, "transformer_config": shape, "causal_prefix": True})
+    told = {**options["condition_config"], "pointing": pointing}
+    changes = {"transformer_config": shape, "causal_prefix": True, "condition_config": told}
+    generator = RangedTokenGenerator(**{**options, **changes})
     features, words = torch.randn(2, 16, 24), torch.randint(0, 6, (6, 5))
     low, high = pipe.answers.masks, pipe.answers.vocabulary
     answers = torch.cat((torch.randint(low, high, (6, 4)), torch.randint(0, low, (6, 4))), dim=1)
@@ -342,6 +348,27 @@ def test_places_name_what_they_show() -> None:
     best = place_loss(chances.log(), instances, things)
     assert float(best) == pytest.approx(2 * np.log(2) / 4, rel=1e-4)
     assert float(place_loss(chances[:, [3, 1, 2, 0]].log(), instances, things)) > 2
+
+
+def test_words_point_at_the_places_that_name_them() -> None:
+    """The row of a word changes with what places say of this word, not of others, and "no word" points nowhere."""
+    torch.manual_seed(0)
+    condition = PictureCondition(4, 8, 6, 3, 16, factor=8, pointing=True)
+    with torch.no_grad():
+        condition.words.table.weight.copy_(torch.eye(6, 8) * 5)
+        condition.name.weight.copy_(torch.eye(8))
+        condition.name.bias.zero_()
+    shown = torch.zeros(1, 4, 8)
+    shown[0, 2, 3] = 9.0  # place 2 shows word 3
+    assert condition.named(shown).argmax(-1)[0, 2] == 3
+    words = torch.tensor([[3, 4, 0], [1, 3, 2]])
+    nothing, rows = condition.say(torch.zeros(1, 4, 8), words), condition.say(shown, words)
+    changed = (rows - nothing).abs().amax(-1) > 1e-4
+    assert changed.tolist() == [[True, False, False], [False, True, False]]
+    moved = shown[:, [0, 2, 1, 3]]
+    assert not torch.allclose(condition.say(moved, words)[0, 0], rows[0, 0])
+    plain = condition.words(words, 2, words.device)
+    assert torch.equal(rows[0, 2], plain[0, 2])
 
 
 def test_a_unet_of_patches_writes_every_pixel() -> None:

@@ -21,6 +21,7 @@ from tokenloom.cli_options import ERR as _ERR
 from tokenloom.cli_options import OUT as _OUT
 from tokenloom.cli_options import (
     ConfigArgument,
+    DecodeOption,
     DeviceOption,
     ResumeOption,
     SetOption,
@@ -121,9 +122,7 @@ def generate(
     model: ModelOption = DEFAULT_MODEL,
     columns: Annotated[int | None, typer.Option(help="Pictures in a row of the sheet.")] = None,
     scale: Annotated[int, typer.Option(help="Repeat every pixel this often in both directions.")] = 1,
-    decode: Annotated[
-        str, typer.Option(help="auto, cached, compiled, parallel or reference: the same pictures.")
-    ] = "auto",
+    decode: DecodeOption = "auto",
     image: Annotated[Path | None, typer.Option(help="Picture to repaint in part.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is repainted.")] = None,
     steps: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokenloom import models
-from tokenloom.cli_options import ERR, OUT, DeviceOption, add_training, device_of
+from tokenloom.cli_options import ERR, OUT, DecodeOption, DeviceOption, add_training, device_of
 from tokenloom.errors import TokenloomError
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ def continue_sound(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Bundled name, folder, or hub id.")
     ] = None,
-    decode: Annotated[
-        str, typer.Option(help="auto, cached or compiled: the same sound, the last one faster.")
-    ] = "auto",
+    decode: DecodeOption = "auto",
     plot: Annotated[
         Path | None, typer.Option(help="Also write a figure of spectrograms (needs tokenloom[figures]).")
     ] = None,

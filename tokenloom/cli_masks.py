@@ -12,7 +12,7 @@ import typer
 
 from tokenloom.cli_options import ERR as _ERR
 from tokenloom.cli_options import OUT as _OUT
-from tokenloom.cli_options import DeviceOption, add_training
+from tokenloom.cli_options import DecodeOption, DeviceOption, add_training
 from tokenloom.cli_options import device_of as _device
 from tokenloom.errors import TokenloomError
 from tokenloom.models import default_for, resolve
@@ -55,6 +55,7 @@ def segment(
     overlay: Annotated[Path | None, typer.Option(help="Also write the picture with the masks.")] = None,
     mask_tokens: Annotated[int | None, typer.Option(help="Decode from fewer codes: coarser masks.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
+    decode: DecodeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Segment what phrases mean in a picture; several phrases write several masks."""
@@ -73,7 +74,9 @@ def segment(
         raise TokenloomError(f"--output would replace the picture {image}; choose another name.")
     picture = media.open_image(image)
     pipe = segmentation.SegmentationPipeline.from_pretrained(folder).to(_device(device))
-    result = pipe(picture, phrases, mask_tokens=mask_tokens, guidance_scale=guidance, output_type="np")
+    result = pipe(
+        picture, phrases, mask_tokens=mask_tokens, guidance_scale=guidance, decode=decode, output_type="np"
+    )
     masks: Any = result.masks
     for index, text in enumerate(phrases):
         path = output if len(phrases) == 1 else output.with_name(f"{output.stem}-{index + 1}{output.suffix}")

@@ -13,6 +13,12 @@ ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML file.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, mps.")]
+DecodeOption = Annotated[
+    str,
+    typer.Option(
+        help="How tokens are made: auto, cached, compiled or parallel; the same result at other speeds."
+    ),
+]
 ResumeOption = Annotated[str | None, typer.Option(help="'latest' or a checkpoint folder.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. --set loop.steps=200.")]
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tokenloom import models
-from tokenloom.cli_options import ERR, OUT, DeviceOption, add_training, device_of
+from tokenloom.cli_options import ERR, OUT, DecodeOption, DeviceOption, add_training, device_of
 from tokenloom.errors import TokenloomError
 
 _PIPELINE = "VideoPipeline"
@@ -59,6 +59,7 @@ def video(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Bundled name, folder, or hub id.")
     ] = None,
+    decode: DecodeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Make a clip from words, or continue one. The seed is printed."""
@@ -90,6 +91,7 @@ def video(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        decode=decode,
     )
     rate, clip = result.fps if rate is None else rate, result.frames[0]
     path = media_video.save_clip(clip, output, rate)

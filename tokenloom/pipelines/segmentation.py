@@ -193,7 +193,7 @@ class SegmentationPipeline(Pipeline):
             top_p: Only the likeliest codes of this total probability. Default: the preset.
             seed: As for `TextToImagePipeline`; it matters if the temperature is above 0. An int counts on from phrase to phrase
                 of a picture, and anew for each picture; a list holds one seed a phrase of all pictures. Default: 0.
-            decode: "auto", "cached", "parallel" (or a `Parallel`) or "reference".
+            decode: "auto", "cached", "compiled", "parallel" (or a `Parallel`) or "reference".
             output_type: "pt", "np" (bool arrays), "pil" (pictures of mode "1"), or "codes".
             return_dict: False gives the tuple (masks, scores, boxes, codes).
 

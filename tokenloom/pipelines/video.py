@@ -174,7 +174,7 @@ class VideoPipeline(Pipeline):
             top_p: Only the likeliest codes of this total probability; 1 for all. Default: the preset.
             seed: An int s gives s, s+1, ... to the clips; a list has one for each. Default: fresh entropy.
             generator: `torch.Generator`, one or one a clip, from which seeds are drawn (see `inputs.make_seeds`).
-            decode: "auto", "cached", "parallel" (or a `Parallel`) or "reference"; all give the same codes.
+            decode: "auto", "cached", "compiled", "parallel" (or a `Parallel`) or "reference"; all give the same codes.
             stream: Return an iterator of new frames instead, as `output_type` says, window by window; memory does not grow.
             output_type: "pil", "np" or "pt".
             callback_on_step_end: `callback(pipe, step_index, timestep, callback_kwargs)`, after every step of every window.
