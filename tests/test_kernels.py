@@ -117,6 +117,20 @@ def test_what_the_kernel_does_not_cover_runs_as_before(monkeypatch) -> None:
 
 
 @needs_compiler
+def test_wrong_results_are_not_used(monkeypatch) -> None:
+    """A library whose stack does nothing is noticed, and the random state of the caller stays."""
+    plain, rows = pair()
+    fake = build.Kernels.__new__(build.Kernels)
+    fake.__dict__.update(rows.loaded.__dict__)
+    fake.stack = lambda *given: 0
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    assert RowTransformer.of(plain, fake) is None
+    assert torch.equal(torch.rand(3), want)
+
+
+@needs_compiler
 def test_a_full_cache_is_an_error() -> None:
     _, rows = pair()
     cache = rows.new_cache(1, 4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tokenloom.generators.cache import Cache, CacheLayer
 from tokenloom.generators.kernels.build import Kernels, Linear, address
 from tokenloom.generators.kernels.linear import SkinnyLinear
-from tokenloom.generators.transformer import Transformer
+from tokenloom.generators.transformer import Transformer, TransformerConfig
 from tokenloom.layers import MLPS, Block
 
 MOST_ROWS, MOST_WIDE_ROWS, WIDE = 32, 16, 512
@@ -76,6 +77,10 @@ class RowTransformer(Transformer):
         plain = all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
         if config.modulation or config.cross_attention or config.final_modulation or not plain:
             return None
+        return cls._over(transformer, loaded) if _right(loaded) else None
+
+    @classmethod
+    def _over(cls, transformer: Transformer, loaded: Kernels) -> RowTransformer:
         made = cls.__new__(cls)
         made.__dict__.update(transformer.__dict__)
         made.loaded, made.kept = loaded, None
@@ -195,6 +200,22 @@ class RowTransformer(Transformer):
             norms = (ctypes.c_void_p * len(last))(*last) if config.final_norm else None
             self.kept = (mark, shape, blocks, torch.tensor(config.taps), norms)
         return self.kept[1:]
+
+
+@lru_cache(maxsize=1)
+def _right(loaded: Kernels) -> bool:
+    """Whether two blocks give what PyTorch gives."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        plain = Transformer(TransformerConfig(width=24, heads=2, depth=2, qkv_bias=True)).eval()
+        x, rope = torch.randn(2, 3, 24), plain.rope(torch.arange(3)[:, None])
+        (want,) = plain(x, rope=rope)
+        for block in plain.blocks:
+            for owner, names in ((block.attention, ("qkv", "out")), (block.mlp, ("up", "down"))):
+                for name in names:
+                    setattr(owner, name, SkinnyLinear(getattr(owner, name), loaded, int8=False))
+        (got,) = RowTransformer._over(plain, loaded)(x, rope=rope)
+    return torch.allclose(got, want, atol=1e-4)
 
 
 def _block(block: nn.Module) -> _Block:
