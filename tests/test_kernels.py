@@ -105,6 +105,9 @@ def test_what_the_kernel_does_not_cover_runs_as_before(monkeypatch) -> None:
         rows(x, mask=torch.ones(1, 4, 3, 3, dtype=torch.bool))  # another mask a head
         with torch.autocast("cpu", torch.bfloat16):
             rows(x)
+        rows.cache_dtype = torch.bfloat16
+        rows(x, cache=rows.new_cache(1, 3))  # keys in another number format
+        rows.cache_dtype = None
         rows.train()(x)
         assert not calls
         assert torch.allclose(rows.eval()(x)[0], plain(x)[0], atol=1e-4) and len(calls) == 1

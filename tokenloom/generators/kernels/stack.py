@@ -100,13 +100,10 @@ class RowTransformer(Transformer):
         few = x.ndim == 3 and 0 < x.shape[0] * x.shape[1] <= most
         if not few or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
-        if (
-            x.dtype != torch.float32
-            or x.device.type != "cpu"
-            or self.cache_dtype not in (None, torch.float32)
-        ):
+        if x.dtype != torch.float32 or x.device.type != "cpu":
             return False
-        if not isinstance(options.get("cache"), (Cache, type(None))):
+        cache = options.get("cache")
+        if cache is not None and (type(cache) is not Cache or cache.layers[0].keys.dtype != torch.float32):
             return False
         rope, mask = options.get("rope"), options.get("mask")
         flat = rope is None or (rope[0].ndim == 2 and rope[0].dtype == torch.float32)
@@ -128,9 +125,7 @@ class RowTransformer(Transformer):
         x = x.clone(memory_format=torch.contiguous_format)
         batch, rows, width = x.shape
         start = 0 if cache is None else cache.length
-        layers = self._room(
-            cache, batch, start + rows
-        )  # without a cache all blocks share one: none reads another's
+        layers = self._room(cache, batch, start + rows)
         addresses = ctypes.c_void_p * len(layers)
         keys = addresses(*(layer.keys.data_ptr() for layer in layers))
         values = addresses(*(layer.values.data_ptr() for layer in layers))
@@ -167,7 +162,7 @@ class RowTransformer(Transformer):
         return taps.unbind(0)
 
     def _room(self, cache: Cache | None, batch: int, rows: int) -> list[CacheLayer]:
-        """Keys and values of every block, with room for `rows` rows."""
+        """Keys and values of every block, with room for `rows` rows; without a cache all share one, as none reads another's."""
         config = self.config
         if cache is not None:
             cache.layers[0].check(rows)
