@@ -194,7 +194,7 @@ def test_loss_is_the_sum_of_the_steps(rule: str, decode: str, monkeypatch: pytes
         total += float(F.cross_entropy(logits.flatten(0, 1), codes[:, positions].flatten(), reduction="sum"))
         return sample_tokens(logits, seeds, positions, sampling)
 
-    monkeypatch.setattr(base, "sample_tokens", record)
+    monkeypatch.setattr(base.Generator, "draw", staticmethod(record))
     keep = torch.ones(WIDE.layout.size, dtype=torch.bool)
     model.generate(words, known=codes, keep=keep, decode=decode, seeds=0)
     assert total / codes.numel() == pytest.approx(float(model.loss(codes, words)), rel=1e-4)

@@ -253,6 +253,7 @@ def train_video_judge(
         schedule.step()
         if (step + 1) % 50 == 0 or step + 1 == steps:
             log(f"step {step + 1}/{steps}: thing {thing.item():.3f}, motion {motion.item():.3f}")
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a judge that is read
     card = {
         "steps": steps,
         "batch_size": batch_size,
