@@ -21,18 +21,20 @@ from tokenloom.generators.picture_condition import PictureCondition
 from tokenloom.layouts import Layout
 from tokenloom.pipelines.segmentation import overlay
 from tokenloom.tokenizers import AnswerCodes
-from tokenloom.training.phrase_rows import place_loss, shared_logits
+from tokenloom.tokenizers.boxes import masks_to_boxes
+from tokenloom.training.phrase_rows import shared_logits
 from tokenloom.training.run import train_segmentation
 
 SHAPE = {"width": 24, "depth": 1, "heads": 2, "patch": 8}
 WORDS = ["apple", "green", "dog", "all"]
 
 
-def make_pipeline() -> SegmentationPipeline:
+def make_pipeline(frame_codes: int = 0, bins: int = 8) -> SegmentationPipeline:
     torch.manual_seed(0)
-    tokenizer = MaskTokenizer(32, 4, SHAPE, SHAPE, {"codebook_size": 16, "dim": 4}).eval()
+    quantizer = {"codebook_size": 16, "dim": 4}
+    tokenizer = MaskTokenizer(32, 4, SHAPE, SHAPE, quantizer, frame_codes=frame_codes, frame_side=16).eval()
     encoder = PictureEncoder(32, 8, width=24, depth=1, heads=2).eval()
-    answers = AnswerCodes(4, tokenizer.vocab_size, 8)
+    answers = AnswerCodes.of(tokenizer, bins)
     condition = {"kind": "picture", "rows": encoder.rows, "features": 24, "vocabulary": 6, "words": 5}
     generator = RangedTokenGenerator(
         order_config=orders.raster(Layout.line(answers.length)).to_config(),
@@ -41,7 +43,7 @@ def make_pipeline() -> SegmentationPipeline:
         condition_config=condition,
         rule_config={"ranges": answers.ranges},
     ).eval()
-    pipe = SegmentationPipeline(tokenizer, generator, encoder, WordTokenizer(WORDS, 5), bins=8)
+    pipe = SegmentationPipeline(tokenizer, generator, encoder, WordTokenizer(WORDS, 5), bins=bins)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -69,6 +71,39 @@ def test_answers_come_back() -> None:
     crossed = line.clone()
     crossed[0, 0], crossed[0, 2] = 18, 10
     assert answers.split(crossed, (8, 8))[0][0].tolist() == [0, 4, 8, 8]
+
+
+def test_frames_follow_from_boxes() -> None:
+    torch.manual_seed(0)
+    tokenizer = MaskTokenizer(32, 4, SHAPE, SHAPE, {"codebook_size": 16}, frame_codes=2, frame_side=16).eval()
+    assert tokenizer.frame is not None
+    answers = AnswerCodes.of(tokenizer, tokenizer.frame.steps + 1)
+    assert answers.length == 6 and answers.ranges[1] == [2, 0, 18]
+    assert [answers.steps(count) for count in (1, 2, 3, 4)] == [5, 5, 5, 6]
+    masks = torch.zeros(3, 32, 32, dtype=torch.bool)
+    masks[0, 3:20, 9:30], masks[1] = True, True
+    codes = tokenizer.encode(masks)
+    line = answers.join(masks_to_boxes(masks), (32, 32), codes)
+    assert torch.equal(answers.split(line, (32, 32))[1], codes)  # full and empty masks as well
+    line[0, 0] = answers.nothing
+    boxes, codes = answers.split(line, (32, 32))
+    assert boxes[0].tolist() == [0] * 4 and codes[0].tolist() == [tokenizer.empty_code] * 4
+
+
+def test_a_pipeline_with_frames(picture: Image.Image) -> None:
+    """The first codes of masks are the boxes that were given or made; prefixes are the beginning of the whole."""
+    framed = make_pipeline(2, bins=5)
+    given = framed(picture, boxes=[[8, 4, 32, 20]] * 16, temperature=1.0)
+    frame = framed.tokenizer.frame
+    shown = given.codes[given.codes[:, 0] < 16]  # the others are empty or full
+    assert given.codes.shape == (16, 4) and len(shown) > 4 and frame is not None and frame.steps == 4
+    near = torch.tensor([[12, 0, 36, 24]]).float()  # the nearest of four steps of 12 pixels
+    assert torch.equal(frame.decode(shown[:, :2], 48), near.expand(len(shown), -1))
+    whole = framed(picture, ["the apple", "all dogs"])
+    for count in (1, 2, 3):
+        part = framed(picture, ["the apple", "all dogs"], mask_tokens=count)
+        assert torch.equal(part.codes, whole.codes[:, :count]) and part.masks.shape == whole.masks.shape
+        assert bool(((part.scores > 0) & (part.scores <= 1)).all())
 
 
 def test_codes_stay_in_their_ranges(pipe: SegmentationPipeline) -> None:
@@ -283,10 +318,11 @@ def test_encoders() -> None:
     assert encoder(torch.zeros(1, 3, 64, 64)).shape == (1, encoder.rows, encoder.features)
 
 
-@pytest.mark.parametrize("segmenter", ["tokens", "unet"])
-def test_both_models_train(segmenter: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("segmenter", "frame"), [("tokens", 0), ("tokens", 2), ("unet", 0)])
+def test_both_models_train(segmenter: str, frame: int, tmp_path: Path) -> None:
     pool = write_pool(tmp_path / "pool")
-    MaskTokenizer(32, 4, SHAPE, SHAPE).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = MaskTokenizer(32, 4, SHAPE, SHAPE, frame_codes=frame, frame_side=16)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     config = {
         "output": str(tmp_path / "run"),
         "scenes": {"pool": str(pool), "length": 20},
@@ -311,7 +347,7 @@ def test_both_models_train(segmenter: str, tmp_path: Path) -> None:
         assert network.segment(image, ["the apple", "the frog"], words).shape == (2, 32, 40)
     assert list((tmp_path / "run" / "samples").glob("*.png"))
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    assert ("places" in row) == (segmenter == "tokens")
+    assert ("names" in row) == (segmenter == "tokens")
 
 
 @pytest.mark.parametrize("learned", [0, 29])
@@ -337,19 +373,6 @@ def test_phrases_share_the_rows_of_their_picture(
         shared_logits(pipe.generator, features, words, answers)
 
 
-def test_places_name_what_they_show() -> None:
-    instances = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    instances[0, :2, :2], instances[0, 2:, 3] = 1, 2
-    things = torch.tensor([[[2, 3], [4, 0]]])
-    chances = torch.full((1, 4, 5), 1e-9)
-    chances[0, 0, [2, 3]] = 0.5  # object 1 everywhere: both of its words
-    chances[0, [1, 2], 0] = 1.0  # background
-    chances[0, 3, [0, 4]] = 0.5  # half of it object 2
-    best = place_loss(chances.log(), instances, things)
-    assert float(best) == pytest.approx(2 * np.log(2) / 4, rel=1e-4)
-    assert float(place_loss(chances[:, [3, 1, 2, 0]].log(), instances, things)) > 2
-
-
 def test_words_point_at_the_places_that_name_them() -> None:
     """The row of a word changes with what places say of this word, not of others, and "no word" points nowhere."""
     torch.manual_seed(0)
@@ -358,12 +381,13 @@ def test_words_point_at_the_places_that_name_them() -> None:
         condition.words.table.weight.copy_(torch.eye(6, 8) * 5)
         condition.name.weight.copy_(torch.eye(8))
         condition.name.bias.zero_()
+        condition.name_bias[0] = 9.0  # places show nothing unless they say so
     shown = torch.zeros(1, 4, 8)
     shown[0, 2, 3] = 9.0  # place 2 shows word 3
     assert condition.named(shown).argmax(-1)[0, 2] == 3
     words = torch.tensor([[3, 4, 0], [1, 3, 2]])
     nothing, rows = condition.say(torch.zeros(1, 4, 8), words), condition.say(shown, words)
-    changed = (rows - nothing).abs().amax(-1) > 1e-4
+    changed = (rows - nothing).abs().amax(-1) > 1e-2
     assert changed.tolist() == [[True, False, False], [False, True, False]]
     moved = shown[:, [0, 2, 1, 3]]
     assert not torch.allclose(condition.say(moved, words)[0, 0], rows[0, 0])

@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,20 @@ class Pool:
         licences = [item.licence for item in self.cut_outs] + [item.licence for item in self.backgrounds]
         return dict(Counter(licence or "unknown" for licence in licences).most_common())
 
+    def of(self, categories: Sequence[str]) -> Pool:
+        """The pool with the cut-outs of some categories alone; without categories the pool itself.
+
+        Raises:
+            TokenloomError: For an unknown category.
+        """
+        known = {item.category for item in self.cut_outs if item.category}
+        for name in categories:
+            if name not in known:
+                raise unknown_name("category of cut-outs", name, sorted(known))
+        if not categories:
+            return self
+        return replace(self, cut_outs=tuple(item for item in self.cut_outs if item.category in categories))
+
     def part(self, split: str, categories: Sequence[str] = ()) -> Pool:
         """The cut-outs of one split, all or those of some categories, on the backgrounds of "train" or of "val".
 
@@ -163,16 +177,8 @@ class Pool:
         """
         if split not in SPLITS:
             raise unknown_name("split of the pool", split, SPLITS)
-        known = {item.category for item in self.cut_outs if item.category}
-        for name in categories:
-            if name not in known:
-                raise unknown_name("category of cut-outs", name, sorted(known))
         ground = TRAIN if split == TRAIN else VAL
-        cut_outs = tuple(
-            item
-            for item in self.cut_outs
-            if item.split == split and (not categories or item.category in categories)
-        )
+        cut_outs = tuple(item for item in self.of(categories).cut_outs if item.split == split)
         backgrounds = tuple(item for item in self.backgrounds if item.split == ground)
         if not cut_outs or not backgrounds:
             raise TokenloomError(

@@ -26,9 +26,9 @@ class PictureCondition(Condition):
         words: Words a phrase T.
         width: Model width D.
         factor: Width of the word table.
-        pointing: Whether every word also tells where the picture shows it: its row gets, projected, how much more each place
-            names the word than nothing. What places name has a loss of its own (`named`), so the model need not find
-            out by its answers what words look like.
+        pointing: Whether every word also tells where the picture shows it: its row gets, projected, the chance of every
+            place to name the word. What places name has a loss of its own (`named`), so the model need not find out by its
+            answers what words look like.
     """
 
     def __init__(
@@ -96,10 +96,9 @@ class PictureCondition(Condition):
         rows = self.words(words, len(words), words.device)
         if not self.pointing:
             return rows
-        logits = self.named(features)
+        chances = self.named(features).softmax(-1)
         asked = words.view(len(features), 1, -1).expand(-1, self.picture_rows, -1)
-        shown = (logits.gather(2, asked) - logits[..., :1]).sigmoid()  # (B, P, n T)
-        shown = shown.transpose(1, 2).reshape(*words.shape, -1)
+        shown = chances.gather(2, asked).transpose(1, 2).reshape(*words.shape, -1)
         return rows + self.point(shown * (words > 0)[..., None])
 
     def forward(self, condition: PictureWords, batch: int, device: torch.device) -> Tensor:  # type: ignore[override]

@@ -111,7 +111,7 @@ class SegmentationPipeline(Pipeline):
         for key in preset:
             if key not in _PRESET:
                 raise unknown_name("sampling setting", key, _PRESET)
-        self.answers = AnswerCodes(tokenizer.levels, tokenizer.vocab_size, bins)
+        self.answers = AnswerCodes.of(tokenizer, bins)
         wanted, got = (
             (self.answers.length, self.answers.vocabulary),
             (
@@ -236,7 +236,7 @@ class SegmentationPipeline(Pipeline):
             known=known,
             keep=keep,
             decode=decode,
-            steps=BOX + levels,
+            steps=self.answers.steps(levels),
         )
         scores, present = self._scores(answers, condition, known is not None, levels)
         parts = zip(pictures, answers.split(counts), scores.split(counts), present.split(counts), strict=True)
@@ -352,7 +352,7 @@ class SegmentationPipeline(Pipeline):
         logs = self.generator.logits(answers, condition).float().log_softmax(-1)
         chosen = logs.gather(-1, answers[..., None])[..., 0]
         present = 1 - logs[:, 0, self.answers.nothing].exp()
-        return chosen[:, BOX * known : BOX + levels].mean(1).exp().cpu(), present.cpu()
+        return chosen[:, BOX * known : self.answers.steps(levels)].mean(1).exp().cpu(), present.cpu()
 
     def _render(
         self, codes: Tensor, size: tuple[int, int], kind: str

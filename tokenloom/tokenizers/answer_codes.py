@@ -2,7 +2,8 @@
 
 Four codes of a box (x0, y0, x1, y1) stand before the K codes of the mask, in a vocabulary of the mask's codes, the steps of
 the box's scale and one code that says "no box". An answer is therefore itself coarse to fine, a box alone is its first part,
-and a known box is a known beginning. Knows numbers; knows nothing of networks, phrases or pictures.
+and a known box is a known beginning. Of a mask tokenizer whose first codes say a box themselves, an answer leaves these out: they
+follow from its own. Knows numbers; knows nothing of networks, phrases or pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from tokenloom.errors import TokenloomError
 from tokenloom.tokenizers.boxes import Size, boxes_to_codes, codes_to_boxes
+from tokenloom.tokenizers.mask import MaskTokenizer
+from tokenloom.tokenizers.mask_frames import MaskFrame
 
 BOX = 4
 """Codes of a box."""
@@ -26,17 +29,36 @@ class AnswerCodes:
     Attributes:
         levels: Codes a mask K.
         masks: Number of codes of masks; they come first.
-        bins: Steps of the scale of boxes, whose codes follow; the last code is `nothing`.
+        bins: Steps of the scale of boxes, whose codes follow; the last code is `nothing`. `frame.steps` + 1 of them say a frame
+            exactly.
+        empty: The code of an empty mask, or `None`.
+        frame: What makes the first codes of masks of their boxes, or `None`.
     """
 
     levels: int
     masks: int
     bins: int
+    empty: int | None = None
+    frame: MaskFrame | None = None
+
+    @classmethod
+    def of(cls, tokenizer: MaskTokenizer, bins: int) -> AnswerCodes:
+        """The answers in codes of a tokenizer."""
+        return cls(tokenizer.levels, tokenizer.vocab_size, bins, tokenizer.empty_code, tokenizer.frame)
+
+    @property
+    def framing(self) -> int:
+        """Codes of a mask that follow from the box."""
+        return 0 if self.frame is None else self.frame.codes
 
     @property
     def length(self) -> int:
         """Codes an answer."""
-        return BOX + self.levels
+        return BOX + self.levels - self.framing
+
+    def steps(self, mask_tokens: int) -> int:
+        """Codes of an answer that the first so many codes of its mask need."""
+        return BOX + max(1, mask_tokens - self.framing)
 
     @property
     def vocabulary(self) -> int:
@@ -51,7 +73,7 @@ class AnswerCodes:
     @property
     def ranges(self) -> list[list[int]]:
         """[count, low, high] of the two parts, as `RangedTokenGenerator` takes them."""
-        return [[BOX, self.masks, self.vocabulary], [self.levels, 0, self.masks]]
+        return [[BOX, self.masks, self.vocabulary], [self.length - BOX, 0, self.masks]]
 
     def box_codes(self, boxes: Tensor, size: Size) -> Tensor:
         """LongTensor (B, 4) of boxes (B, 4) in pixels; boxes without area say that there is nothing."""
@@ -60,15 +82,25 @@ class AnswerCodes:
         return codes.masked_fill(none.to(codes.device)[:, None], self.nothing)
 
     def join(self, boxes: Tensor, size: Size, masks: Tensor) -> Tensor:
-        """Answers (B, 4 + K) of boxes (B, 4) in pixels of a picture of a size, and codes (B, K) of masks."""
-        return torch.cat((self.box_codes(boxes, size).to(masks.device), masks), dim=1)
+        """Answers (B, length) of boxes (B, 4) in pixels of a picture of a size, and codes (B, K) of masks."""
+        return torch.cat((self.box_codes(boxes, size).to(masks.device), masks[:, self.framing :]), dim=1)
 
     def split(self, answers: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-        """Boxes (B, 4) float in pixels, corners in order, zeros where there is nothing; and codes (B, K) of masks."""
+        """Boxes (B, 4) float in pixels, corners in order, zeros where there is nothing; and codes (B, K) of masks.
+
+        Masks are empty where there is nothing; with frames the picture must be square.
+        """
         if answers.ndim != 2 or answers.shape[1] != self.length:
             raise TokenloomError(f"Answers must be (B, {self.length}), got {tuple(answers.shape)}.")
         codes = answers[:, :BOX] - self.masks
         none = (codes == self.bins).any(1)
         boxes = codes_to_boxes(codes.clamp(0, self.bins - 1), size, self.bins)
         low, high = torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])
-        return torch.cat((low, high), dim=1).masked_fill(none[:, None], 0.0), answers[:, BOX:]
+        boxes, masks = torch.cat((low, high), dim=1), answers[:, BOX:]
+        if self.frame is not None:
+            frames = self.frame.encode(boxes, size[0])
+            first = masks[:, :1]
+            masks = torch.cat((torch.where(first < self.frame.vocabulary, frames, first), masks), dim=1)
+        if self.empty is not None:
+            masks = masks.masked_fill(none[:, None], self.empty)
+        return boxes.masked_fill(none[:, None], 0.0), masks

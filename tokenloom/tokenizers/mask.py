@@ -5,6 +5,9 @@ Knows masks, the register transformers and a quantizer with a linear layer. Know
 Empty and full masks: a network paints them nearly right at best, and the difference between "nothing" and "a few pixels" is
 what an answer hangs on. With `blank_codes` the vocabulary therefore has two more codes, `empty_code` and `full_code`, which
 stand for the whole mask at every length of the prefix. They hold without training, and the network never has to learn them.
+
+Frames: where a mask lies is a matter of arithmetic as well. With `frame_codes` the first codes say its box, coarse to fine, and
+the network codes the shape inside, whatever its place and size.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from tokenloom.errors import TokenloomError, check_options, unknown_name
 from tokenloom.layouts import Layout
 from tokenloom.tokenizers.base import Tokenizer
 from tokenloom.tokenizers.cnn import CNNConfig, CNNDecoder
+from tokenloom.tokenizers.mask_frames import MaskFrame
 from tokenloom.tokenizers.quantizers import Quantized, SimVQ
 from tokenloom.tokenizers.registers import (
     FeatureHead,
@@ -50,9 +54,12 @@ class MaskTokenizer(Tokenizer):
         levels: Codes a mask K; every length from 1 to K decodes.
         empty_code: The code of a mask without a pixel, `None` without `blank_codes`. All K codes of such a mask are it.
         full_code: The code of a mask of all pixels.
+        frame: What makes the first codes of boxes; `None` without frames.
+        shapes: Codes a mask that the network makes: K less those of the frame.
+        canvas: Side C of the square that the networks see: that of a frame's inside, or S.
 
     Args:
-        image_size: Side S of the square that the networks see.
+        image_size: Side S of the square that masks are brought to.
         levels: K.
         encoder_config: Options of `RegisterConfig` for the encoder.
         decoder_config: Options of `RegisterConfig` for the decoder.
@@ -65,6 +72,8 @@ class MaskTokenizer(Tokenizer):
         soft_normalized: Whether `decode_probabilities` mixes the unit-length codes that `decode` uses, so that a sure
             choice gives the same mask. Official weights were trained on a mix of codes of any length.
         antialias: Whether masks are resampled with an area that fits the scale. Official code does not.
+        frame_codes: How many of the K codes say the box of the mask; 0 = the network codes masks in their place.
+        frame_side: C with `frame_codes`.
     """
 
     modality = "mask"
@@ -83,6 +92,8 @@ class MaskTokenizer(Tokenizer):
         blank_codes: bool = True,
         soft_normalized: bool = True,
         antialias: bool = True,
+        frame_codes: int = 0,
+        frame_side: int = 64,
     ) -> None:
         super().__init__()
         self.image_size, self.levels, self.channels = image_size, levels, channels
@@ -96,9 +107,15 @@ class MaskTokenizer(Tokenizer):
         self.empty_code = codes if blank_codes else None
         self.full_code = codes + 1 if blank_codes else None
         self.vocab_size = codes + 2 * blank_codes
+        if not 0 <= frame_codes < levels:
+            raise TokenloomError(f"frame_codes must lie in 0..{levels - 1}, got {frame_codes}.")
+        self.frame = MaskFrame(frame_codes, frame_side, codes) if frame_codes else None
+        self.shapes, self.canvas = levels - frame_codes, frame_side if frame_codes else image_size
         shape = RegisterConfig.of(encoder_config, "option of encoder_config")
-        grid = shape.grid(image_size)
-        self.encoder = RegisterEncoder(shape, grid, levels, dim, channels, causal=True, scrambled=scrambled)
+        grid = shape.grid(self.canvas)
+        self.encoder = RegisterEncoder(
+            shape, grid, self.shapes, dim, channels, causal=True, scrambled=scrambled
+        )
         shape = RegisterConfig.of(decoder_config, "option of decoder_config")
         head: nn.Module = PixelHead(shape.width, shape.patch, 1)
         self.painter: nn.Module = nn.Identity()
@@ -111,7 +128,7 @@ class MaskTokenizer(Tokenizer):
                     f"has {shape.patch}; change patch in decoder_config or the number of multipliers in pixel_config."
                 )
             head, self.painter = FeatureHead(shape.width, cnn.latent), CNNDecoder(cnn)
-        self.decoder = RegisterDecoder(shape, shape.grid(image_size), levels, dim, head)
+        self.decoder = RegisterDecoder(shape, shape.grid(self.canvas), self.shapes, dim, head)
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -130,21 +147,34 @@ class MaskTokenizer(Tokenizer):
         masks = F.pad(masks, (0, side - width, 0, side - height))
         return self._resample(masks, self.image_size)
 
+    def canvases(self, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """What the networks see of masks (B, H, W): float (B, C, C) in [0, 1]; and the codes of frames (B, 0 or more)."""
+        square = self.prepare(masks)[:, 0]
+        if self.frame is None:
+            return square, torch.zeros(len(square), 0, dtype=torch.long, device=square.device)
+        codes = self.frame.encode(self.frame.boxes(square), self.image_size)
+        return self.frame.cut(square, self.frame.decode(codes, self.image_size)), codes
+
     def features(self, masks: Tensor) -> Tensor:
-        """Vectors (B, K, d) before quantization of masks (B, H, W)."""
-        return self.encoder(self.prepare(masks).expand(-1, self.channels, -1, -1))
+        """Vectors before quantization, (B, K, d) or, behind a frame, fewer, of masks (B, H, W)."""
+        return self._features(self.canvases(masks)[0])
+
+    def _features(self, canvases: Tensor) -> Tensor:
+        return self.encoder(canvases[:, None].expand(-1, self.channels, -1, -1))
 
     def quantize(self, masks: Tensor) -> Quantized:
-        """Codes, vectors, losses and statistics of masks (B, H, W)."""
-        return self._quantize(self.features(masks), masks)
+        """Codes (B, K), vectors, losses and statistics of masks (B, H, W)."""
+        canvases, frames = self.canvases(masks)
+        return self._quantize(self._features(canvases), frames, masks)
 
-    def _quantize(self, z: Tensor, masks: Tensor) -> Quantized:
+    def _quantize(self, z: Tensor, frames: Tensor, masks: Tensor) -> Quantized:
         quantized = self.quantizer.encode(z)
-        if self.empty_code is None or self.full_code is None:
-            return quantized
-        inside = _as_float(masks).flatten(1) > 0.5
-        codes = quantized.codes.masked_fill(~inside.any(1, keepdim=True), self.empty_code)
-        return quantized._replace(codes=codes.masked_fill(inside.all(1, keepdim=True), self.full_code))
+        codes = torch.cat((frames, quantized.codes), dim=1)
+        if self.empty_code is not None and self.full_code is not None:
+            inside = _as_float(masks).flatten(1) > 0.5
+            codes = codes.masked_fill(~inside.any(1, keepdim=True), self.empty_code)
+            codes = codes.masked_fill(inside.all(1, keepdim=True), self.full_code)
+        return quantized._replace(codes=codes)
 
     @torch.no_grad()
     def encode(self, masks: Tensor, *, num_tokens: int | None = None) -> Tensor:
@@ -188,9 +218,11 @@ class MaskTokenizer(Tokenizer):
         codes = self._first(codes, num_tokens)
         known = codes < self.quantizer.codebook_size
         kept = None if bool(known.all()) else known.long().cumprod(1).sum(1)
-        z = self.quantizer.decode(codes.clamp(max=self.quantizer.codebook_size - 1))
-        logits = self.paint_vectors(z.to(self.decoder.embed.weight.dtype), kept)
-        logits = self.fit(self._fill(logits, codes[:, 0]), size)
+        first = self.levels - self.shapes
+        z = self.quantizer.decode(codes[:, first:].clamp(max=self.quantizer.codebook_size - 1))
+        inner = None if kept is None else (kept - first).clamp(min=0)
+        logits = self.paint_vectors(z.to(self.decoder.embed.weight.dtype), inner)
+        logits = self.fit(self._fill(self._paste(logits, codes, kept), codes[:, 0]), size)
         if output == "mask":
             return logits > 0
         return logits if output == "logits" else logits.sigmoid()
@@ -202,7 +234,8 @@ class MaskTokenizer(Tokenizer):
 
         Args:
             probabilities: (B, n, vocab_size), n <= K. The probabilities that the first place gives to the blank codes
-                mix the empty and the full mask in; at other places blank codes count as nothing.
+                mix the empty and the full mask in; at other places blank codes count as nothing. Frames are those of the
+                likeliest codes.
             num_tokens: How many places to use; `None` = all that are there.
             size: Height and width of the masks; `None` = (S, S).
 
@@ -212,8 +245,9 @@ class MaskTokenizer(Tokenizer):
         self._check_probabilities(probabilities)
         probabilities = probabilities[:, : self._count(probabilities.shape[1], num_tokens)]
         table = self.quantizer.table() if self.soft_normalized else self.quantizer.projected()
-        z = probabilities[..., : self.quantizer.codebook_size].to(table.dtype) @ table
-        masks = self.paint_vectors(z).sigmoid()
+        chances = probabilities[..., : self.quantizer.codebook_size]
+        z = chances[:, self.levels - self.shapes :].to(table.dtype) @ table
+        masks = self._paste(self.paint_vectors(z), chances.argmax(-1)).sigmoid()
         if self.empty_code is not None and self.full_code is not None:
             first = probabilities[:, 0, :, None, None].to(masks.dtype)
             empty, full = first[:, self.empty_code], first[:, self.full_code]
@@ -221,12 +255,20 @@ class MaskTokenizer(Tokenizer):
         return self.fit(masks, size)
 
     def paint_vectors(self, z: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Logits (B, S, S) of vectors (B, n, d); `kept` (B,) says how many vectors of each mask to use."""
+        """Logits (B, C, C) of vectors (B, n, d); `kept` (B,) says how many vectors of each mask to use."""
         return _GAIN * (self.raw(z, kept).mean(1) - _MIDDLE)
 
     def raw(self, z: Tensor, kept: Tensor | None = None) -> Tensor:
-        """What the decoder paints before channels are averaged, (B, C, S, S)."""
+        """What the decoder paints before channels are averaged, (B, channels, C, C)."""
         return self.painter(self.decoder(z, kept))
+
+    def _paste(self, logits: Tensor, codes: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Logits (B, S, S) of logits (B, C, C) in the frames of codes (B, n), of which `kept` (B,) count."""
+        if self.frame is None:
+            return logits
+        codes = codes[:, : self.frame.codes].clamp(max=self.quantizer.codebook_size - 1)
+        boxes = self.frame.decode(codes, self.image_size, None if kept is None else kept.clamp(min=1))
+        return self.frame.paste(logits, boxes, self.image_size, -_GAIN * _MIDDLE)
 
     def fit(self, masks: Tensor, size: Size | None) -> Tensor:
         """Logits or soft masks (B, S, S) at the given height and width, the padding cut off."""
@@ -254,14 +296,26 @@ class MaskTokenizer(Tokenizer):
         Returns:
             Logits (B, H, W); constant for blank masks where they have codes of their own.
         """
-        z = self.features(masks)
-        quantized = self._quantize(z, masks)
+        _, logits, quantized = self.on_canvas(masks, kept, soft)
+        logits = self._fill(self._paste(logits, quantized.codes, kept), quantized.codes[:, 0])
+        return self.fit(logits, (masks.shape[1], masks.shape[2])), quantized
+
+    def on_canvas(
+        self, masks: Tensor, kept: Tensor | None = None, soft: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Quantized]:
+        """As `forward`, but what the networks see and paint, both (B, C, C); `kept` counts codes of frames, too."""
+        canvases, frames = self.canvases(masks)
+        z = self._features(canvases)
+        quantized = self._quantize(z, frames, masks)
         if soft is not None:
             plain = F.normalize(z, dim=-1) if self.quantizer.normalize else z
             quantized = quantized._replace(z_q=torch.where(soft[:, None, None], plain, quantized.z_q))
-        logits = self.paint_vectors(quantized.z_q.to(self.decoder.embed.weight.dtype), kept)
-        logits = self._fill(logits, quantized.codes[:, 0])
-        return self.fit(logits, (masks.shape[1], masks.shape[2])), quantized
+        inner = None if kept is None else (kept - frames.shape[1]).clamp(min=0)
+        return (
+            canvases,
+            self.paint_vectors(quantized.z_q.to(self.decoder.embed.weight.dtype), inner),
+            quantized,
+        )
 
     def _resample(self, masks: Tensor, side: int) -> Tensor:
         if masks.shape[-1] == side:

@@ -48,7 +48,7 @@ def coarse_target(masks: Tensor, kept: Tensor, levels: int) -> Tensor:
 
     Args:
         masks: (B, S, S) float.
-        kept: LongTensor (B,) of prefix lengths l, 1 to K.
+        kept: LongTensor (B,) of prefix lengths l, 0 to K.
         levels: K.
 
     Returns:
@@ -120,7 +120,7 @@ def tokenizer_loss(
     weights: dict[str, float] | None = None,
     soft: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One training pass of a mask tokenizer, each mask decoded from a prefix of its own length.
+    """One training pass of a mask tokenizer, each mask decoded from a prefix of its own length and compared inside its frame.
 
     Args:
         tokenizer: In training mode.
@@ -138,8 +138,9 @@ def tokenizer_loss(
             f"Training masks must be (B, {tokenizer.image_size}, {tokenizer.image_size}), got {tuple(masks.shape)}; "
             "resize them with tokenizer.prepare(masks)[:, 0]."
         )
-    logits, quantized = tokenizer(masks, kept, soft)
-    parts = reconstruction_losses(logits, masks, kept, tokenizer.levels)
+    seen, logits, quantized = tokenizer.on_canvas(masks, kept, soft)
+    inner = (kept - (tokenizer.levels - tokenizer.shapes)).clamp(min=0)
+    parts = reconstruction_losses(logits, seen, inner, tokenizer.shapes)
     factors = dict.fromkeys(parts, 1.0) | (weights or {})
     if unknown := sorted(factors.keys() - parts.keys()):
         raise TokenloomError(f"There is no loss {', '.join(unknown)}; known: {', '.join(parts)}.")

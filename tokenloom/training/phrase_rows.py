@@ -1,8 +1,8 @@
-"""Two economies of training by phrase: phrases that share the rows of their picture, and the loss of what places name.
+"""An economy of training by phrase: all phrases of a picture share its rows.
 
 Knows rows of pictures, words and answers. Knows nothing of scenes, tokenizers or loops.
 
-Shapes: B pictures, n phrases a picture, P places, T words, N codes an answer, S pixels a side.
+Shapes: B pictures, n phrases a picture, P places, T words, N codes an answer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError
@@ -56,27 +55,3 @@ def shared_logits(
     logits = generator._head(hidden[None], plan.weights[:, generator.order.inverse], generator._table())
     positions = torch.arange(len(sources), device=x.device)
     return logits.masked_fill(~generator.possible(positions), -torch.inf)
-
-
-def place_loss(logits: Tensor, instances: Tensor, things: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of the words that name what places show; a place of background says id 0, "no word".
-
-    A place between objects names each by its share of the pixels, and an object each of its words alike.
-
-    Args:
-        logits: (B, P, W) of `PictureCondition.named`, P the places of a square grid in rows.
-        instances: Integers (B, S, S): 0 is background, i + 1 is object i.
-        things: LongTensor (B, M, T), the words of each object, 0 = no word.
-    """
-    batch, places, _ = logits.shape
-    grid = round(places**0.5)
-    numbers = torch.arange(1, things.shape[1] + 1, device=logits.device)
-    shown = (instances[:, None] == numbers[:, None, None]).float()
-    shares = F.adaptive_avg_pool2d(shown, grid).flatten(2)  # (B, M, P)
-    logs = logits.float().log_softmax(-1)
-    flat = things.flatten(1)[:, None].expand(-1, places, -1)
-    said = logs.gather(2, flat).view(batch, places, *things.shape[1:])
-    there = (things > 0).float()[:, None]
-    named = (said * there).sum(-1) / there.sum(-1).clamp(min=1)  # (B, P, M)
-    background = (1 - shares.sum(1)) * logs[..., 0]
-    return -(background + (named * shares.transpose(1, 2)).sum(-1)).mean()

@@ -86,9 +86,11 @@ class SegmentationConfig:
         drop: Chance that the words are dropped, which trains guidance, and masks from boxes.
         share_picture: Whether rows of the picture do not see the words, so that all phrases of a picture share them
             ("tokens"): a phrase then costs its own rows alone.
-        place_loss: Weight of a loss that lets every place of the picture name the words of what is seen there
-            ("tokens"): scenes know all their objects, and the encoder learns them without waiting for a phrase. Words then
-            point at the places that name them (`PictureCondition`); 0 leaves both out.
+        place_loss: Weight of losses of what every place of the picture tells: the words of what is seen there, its outline
+            and the box of its object ("tokens"). Scenes know all their objects, and the encoder learns them without waiting
+            for a phrase. Words then point at the places that name them (`PictureCondition`); 0 leaves it all out.
+        places_until: Share of the training, from its beginning, in which the encoder learns what places tell and the
+            generator rests; needs place_loss.
         mask_loss: Weight of the hierarchical mask loss, which decodes predicted tokens; 0 turns it off.
         mask_levels: Prefix lengths drawn for it a step.
         sampling: Preset stored with the model: guidance_scale, temperature, top_k, top_p.
@@ -108,6 +110,7 @@ class SegmentationConfig:
     drop: float = 0.1
     share_picture: bool = True
     place_loss: float = 0.0
+    places_until: float = 0.0
     mask_loss: float = 0.0
     mask_levels: int = 2
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -127,4 +130,9 @@ class SegmentationConfig:
         if not 0 <= self.drop <= 1 or min(self.mask_loss, self.place_loss) < 0:
             raise TokenloomError(
                 "drop must lie between 0 and 1, and mask_loss and place_loss must not be negative."
+            )
+        if not 0 <= self.places_until <= (1 if self.place_loss else 0):
+            raise TokenloomError(
+                f"places_until must lie between 0 and 1, and above 0 needs place_loss; got {self.places_until} with "
+                f"place_loss {self.place_loss}."
             )

@@ -36,7 +36,8 @@ from tokenloom.tokenizers.registry import load_tokenizer
 from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.training.loop import Task
 from tokenloom.training.mask_losses import bce_loss, dice_loss, draw_levels, hierarchical_loss
-from tokenloom.training.phrase_rows import place_loss, shared_logits
+from tokenloom.training.phrase_rows import shared_logits
+from tokenloom.training.place_losses import PlaceHeads, box_loss, name_loss, outline_loss
 from tokenloom.training.scenes import SceneSource, draw_seeds
 from tokenloom.training.segmentation_config import SegmentationConfig
 
@@ -52,7 +53,9 @@ class PhraseTask(Task):
     def __init__(self, config: SegmentationConfig, size: int) -> None:
         self.config, self.size = config, config.scenes.length
         self.scenes = SceneSource(config.scenes, size)
-        self.words = WordTokenizer.from_captions(vocabulary_texts(self.scenes.pool), config.max_length)
+        self.words = WordTokenizer.from_captions(
+            vocabulary_texts(self.scenes.pool.of(self.scenes.settings.categories)), config.max_length
+        )
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """New scenes: "pixels" uint8 (B, S, S, 3), "words" (B n, T) and "masks" bool (B n, S, S) of phrases; "instances"
@@ -106,21 +109,37 @@ class PhraseModel(nn.Module):
         encoder: Of pictures.
         generator: Of answers.
         share: Whether all phrases of a picture share its rows in the generator, too.
+        heads: Of places, for the losses of `tokenloom.training.place_losses`; `None` = without these.
     """
 
-    def __init__(self, encoder: PictureEncoder, generator: RangedTokenGenerator, share: bool) -> None:
+    def __init__(
+        self,
+        encoder: PictureEncoder,
+        generator: RangedTokenGenerator,
+        share: bool,
+        heads: PlaceHeads | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder, self.generator, self.share = encoder, generator, share
+        self.encoder, self.generator, self.share, self.heads = encoder, generator, share, heads
 
-    def forward(self, pixels: Tensor, words: Tensor, answers: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits (B n, N, V) of answers (B n, N) to words (B n, T) about pictures (B, 3, S, S), and of words a place."""
-        features = self.encoder(pixels)
-        condition = cast(PictureCondition, self.generator.condition)
-        named = condition.named(features) if condition.pointing else None
+    def forward(
+        self, pixels: Tensor, words: Tensor, answers: Tensor | None
+    ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
+        """Logits (B n, N, V) of answers (B n, N) to words (B n, T) about pictures (B, 3, S, S), and what places say.
+
+        Places say words, outlines and boxes (`PictureCondition.named`, `PlaceHeads`) where there are heads. Without answers
+        there are no logits.
+        """
+        features, said = self.encoder(pixels), None
+        if self.heads is not None:
+            named = cast(PictureCondition, self.generator.condition).named(features)
+            said = (named, *self.heads(features))
+        if answers is None:
+            return None, said
         if self.share:
-            return shared_logits(self.generator, features, words, answers), named
+            return shared_logits(self.generator, features, words, answers), said
         features = features.repeat_interleave(len(words) // len(pixels), dim=0)
-        return self.generator.logits(answers, PictureWords(features, words)), named
+        return self.generator.logits(answers, PictureWords(features, words)), said
 
 
 class SegmentationTask(PhraseTask):
@@ -142,7 +161,7 @@ class SegmentationTask(PhraseTask):
             raise TokenloomError(
                 f"encoder.image_size must be that of the mask tokenizer, {tokenizer.image_size}, got {self.encoder.image_size}."
             )
-        self.answers = AnswerCodes(tokenizer.levels, tokenizer.vocab_size, config.bins)
+        self.answers = AnswerCodes.of(tokenizer, config.bins)
         self.generator = RangedTokenGenerator(
             order_config=orders.raster(Layout.line(self.answers.length)).to_config(),
             vocab_size=self.answers.vocabulary,
@@ -158,35 +177,54 @@ class SegmentationTask(PhraseTask):
             rule_config={"ranges": self.answers.ranges},
             causal_prefix=config.share_picture,
         )
-        self.module = PhraseModel(self.encoder, self.generator, config.share_picture).train()
+        stride = self.encoder.image_size // round(self.encoder.rows**0.5)
+        heads = PlaceHeads(self.encoder.features, stride) if config.place_loss else None
+        self.module = PhraseModel(self.encoder, self.generator, config.share_picture, heads).train()
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Moves the mask tokenizer, which is not trained."""
         self.tokenizer.to(accelerator.device)
 
     def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy in nats a code; the loss of places and the hierarchical mask loss if they are weighted."""
+        """Cross-entropy in nats a code; losses of places and the hierarchical mask loss if they are weighted."""
+        if step < self.config.places_until * self.config.loop.steps:
+            _, said = module(to_unit(batch["pixels"]), batch["words"], None)
+            total, logs = self._places(said, batch)
+            return total, {key: value.detach() for key, value in logs.items()}
         masks, side = batch["masks"], (self.tokenizer.image_size,) * 2
         with torch.no_grad():
             codes = self.tokenizer.encode(masks)
             answers = self.answers.join(masks_to_boxes(masks), side, codes)
-        logits, named = module(to_unit(batch["pixels"]), batch["words"], answers)
+        logits, said = module(to_unit(batch["pixels"]), batch["words"], answers)
         logits = logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
-        logs = {"box": losses[:, :BOX].mean().detach(), "mask": losses[:, BOX:].mean().detach()}
+        logs = {"box": losses[:, :BOX].mean(), "mask": losses[:, BOX:].mean()}
         total = losses.mean()
-        if named is not None:
-            logs["places"] = place_loss(named, batch["instances"], batch["things"])
-            total = total + self.config.place_loss * logs["places"]
+        if said is not None:
+            places, told = self._places(said, batch)
+            total, logs = total + self.config.place_loss * places, logs | told
         if self.config.mask_loss:
             generator = torch.Generator().manual_seed(step)
             levels = draw_levels(
                 self.tokenizer.levels, min(self.config.mask_levels, self.tokenizer.levels), generator
             )
             chances = logits[:, BOX:, : self.answers.masks].softmax(-1)
+            frames = F.one_hot(codes[:, : self.answers.framing], self.answers.masks).to(chances)
+            chances = torch.cat((frames, chances), dim=1)
             logs["decoded"] = hierarchical_loss(self.tokenizer, chances, masks.float(), levels)
             total = total + self.config.mask_loss * logs["decoded"]
         return total, {key: value.detach() for key, value in logs.items()}
+
+    def _places(self, said: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the losses of places, and its parts."""
+        named, outline, boxes = said
+        instances, things = batch["instances"], batch["things"]
+        logs = {
+            "names": name_loss(named, instances, things),
+            "outlines": outline_loss(outline, instances),
+            "sides": box_loss(boxes, instances, things.shape[1]),
+        }
+        return torch.stack(list(logs.values())).sum(), logs
 
     def _pipeline(self) -> SegmentationPipeline:
         pipeline = SegmentationPipeline(
