@@ -3,7 +3,7 @@
     python benchmarks/savings.py -o savings.json
 
 The two sides run in turns in one process; the ratio is that of processor time, median of the pairs, so that other processes
-disturb it little. Both sides give the same result up to rounding, except where the name says int8. Ends with a profile of
+disturb it little. Both sides give the same result up to rounding, except where the name says int8 or w8a8. Ends with a profile of
 steps of the shapes of LlamaGen-B, NAR-B and VAR-d16, with two of their layers.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tokenloom.evaluation.benchmark import compare_speed, environment
 from tokenloom.evaluation.speed_cells import make_cell
-from tokenloom.generators.kernels import SkinnyLinear, kernels
+from tokenloom.generators.kernels import MOST_ROWS, SkinnyLinear, kernels
 from tokenloom.generators.sampling import Sampling, guide, sample_tokens
 from tokenloom.media import write_atomically
 from tokenloom.rng import gumbel
@@ -114,8 +114,8 @@ def _few_rows() -> Iterator[Pair]:
     loaded = kernels()
     if loaded is None:
         return
-    for int8 in (False, True):
-        fast = [SkinnyLinear(layer, loaded, int8) for layer in layers]
+    for form in MOST_ROWS:
+        fast = [SkinnyLinear(layer, loaded, form) for layer in layers]
         for rows in (1, 2, 4):
             x = torch.randn(rows, 1, _WIDTH)
 
@@ -127,7 +127,7 @@ def _few_rows() -> Iterator[Pair]:
                 for layer in layers:
                     layer(x)
 
-            yield f"kernel for few rows{', int8' if int8 else ''}, {rows} rows", ours, theirs
+            yield f"kernel for few rows{'' if form == 'float32' else f', {form}'}, {rows} rows", ours, theirs
 
 
 def _buffers() -> Iterator[Pair]:

@@ -109,7 +109,7 @@ def test_steps_in_buckets_give_the_same_codes(
         for _ in range(2):
             want, got = both(model, conditions("class", batch), **options)
             assert torch.equal(want, got)
-    programs = compiled._state(model, False).programs
+    programs = compiled._state(model, "float32").programs
     assert {type(each) for each in programs.values()} == {capture.StepProgram}
     assert len({id(step) for step in next(iter(programs.values())).others}) == 5  # type: ignore[attr-defined]
 
@@ -119,7 +119,7 @@ def test_a_changing_temperature_is_one_recording(monkeypatch: pytest.MonkeyPatch
     model = make(NextTokenGenerator, LONG, "class")
     want, got = both(model, conditions("class", 2), seeds=1, **SETTINGS[3])
     assert torch.equal(want, got)
-    assert {type(each) for each in compiled._state(model, False).programs.values()} == {capture.Program}
+    assert {type(each) for each in compiled._state(model, "float32").programs.values()} == {capture.Program}
 
 
 def test_next_scale_with_programs_and_without() -> None:
@@ -137,7 +137,7 @@ def test_programs_are_kept_and_the_oldest_goes(on_cpu: None) -> None:
     model = make(NextTokenGenerator, orders.raster(Layout.grid(2, 3)), "class")
     for scale in (1.0, 2.0, 3.0, 4.0, 5.0, 2.0):
         model.generate(conditions("class", 1), guidance=scale, seeds=1, decode="compiled")
-    assert len(compiled._state(model, False).programs) == compiled.MOST_PROGRAMS
+    assert len(compiled._state(model, "float32").programs) == compiled.MOST_PROGRAMS
     compiled.forget(model)
     assert model not in compiled._STATES
 
@@ -325,6 +325,25 @@ def test_kernels_agree_with_torch() -> None:
         assert torch.allclose(loaded.linear(x, codes, scale, bias), exact, atol=1e-2, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(1, 77), (2, 64), (3, 31), (4, 96), (7, 200), (16, 33)])
+def test_products_of_whole_numbers_are_exact(size: tuple[int, int]) -> None:
+    """Rows rounded to a 127th of their largest number, times int8 weights, without an overflow at the largest of both."""
+    loaded = build.kernels()
+    if loaded is None:
+        return
+    rows, width = size
+    x, bias = torch.randn(rows, width), torch.randn(29)
+    codes, scale = torch.randint(-127, 128, (29, width), dtype=torch.int8), torch.rand(29) / 64
+    codes[3], codes[4], x[0] = 127, -127, x[0].sign()
+    step = x.abs().amax(1, keepdim=True) / 127
+    rounded = (x / step).round()
+    want = (rounded.double() @ codes.double().T * step * scale + bias).float()
+    got = loaded.linear(x, codes, scale, bias, whole=True)
+    assert torch.allclose(got, want, atol=2e-3, rtol=1e-4), (got - want).abs().max()
+    nothing = loaded.linear(torch.zeros(rows, width), codes, scale, bias, whole=True)
+    assert torch.equal(nothing, bias.expand(rows, -1))
+
+
 def test_a_broken_file_in_the_cache_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that was killed half way leaves the old state, and a file that was cut off is replaced."""
     if _fresh(monkeypatch, tmp_path / "whole")() is None:
@@ -358,7 +377,7 @@ def test_without_kernels_the_rung_is_cached(
     assert make_kernels() is None
     model = make(NextTokenGenerator, LONG, "class")
     assert torch.equal(*both(model, conditions("class", 2), seeds=1))
-    assert compiled._state(model, False).fast is model
+    assert compiled._state(model, "float32").fast is model
 
 
 def test_other_thread_counts_give_the_same_codes() -> None:
@@ -373,25 +392,26 @@ def test_other_thread_counts_give_the_same_codes() -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_int8_is_near_and_follows_the_weights() -> None:
+@pytest.mark.parametrize(("form", "most"), [("int8", 8), ("w8a8", 16)])
+def test_int8_is_near_and_follows_the_weights(form: str, most: int) -> None:
     """Each weight is off by at most half a step of its output; the name has to be asked for."""
     loaded = build.kernels()
     if loaded is None:
         return
     linear = torch.nn.Linear(64, 48)
-    layer, x = SkinnyLinear(linear, loaded, int8=True), torch.randn(2, 64)
+    layer, x = SkinnyLinear(linear, loaded, form), torch.randn(2, 64)
     codes, scale = layer.rounded()
     assert float((codes * scale[:, None] - linear.weight.detach()).abs().amax() / scale.amax()) <= 0.5 + 1e-3
     with torch.no_grad():
         assert torch.allclose(layer(x), linear(x), atol=0.05) and not torch.equal(layer(x), linear(x))
         linear.weight.mul_(2)
         assert torch.allclose(layer(x), linear(x), atol=0.1)
-        many = torch.randn(9, 64)
+        many = torch.randn(most + 1, 64)
         assert torch.equal(layer(many), linear(many))
     model = make(NextTokenGenerator, LONG, "class")
-    codes_int8 = model.generate(conditions("class", 2), seeds=1, decode="compiled-int8")
+    codes_int8 = model.generate(conditions("class", 2), seeds=1, decode=f"compiled-{form}")
     assert codes_int8.shape == (2, 36)
-    fast: Any = compiled._state(model, True).fast
+    fast: Any = compiled._state(model, form).fast
     layers = [each for each in fast.modules() if isinstance(each, SkinnyLinear)]
     assert layers and all(each.int8 and each._made is not None for each in layers)
 
@@ -400,5 +420,5 @@ def test_bfloat16_runs_without_kernels() -> None:
     model = make(NextTokenGenerator, orders.raster(Layout.grid(2, 3)), "class").to(torch.bfloat16)
     want, got = both(model, conditions("class", 2), seeds=1)
     assert torch.equal(want, got)
-    assert compiled._state(model, False).fast is model
+    assert compiled._state(model, "float32").fast is model
     assert isinstance(CachedStepper(model, torch.zeros(1, 1, 24, dtype=torch.bfloat16)), CachedStepper)

@@ -26,7 +26,7 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def pair(int8: bool = False, **options: Any) -> tuple[Transformer, RowTransformer]:
+def pair(form: str = "float32", **options: Any) -> tuple[Transformer, RowTransformer]:
     """A transformer of random weights and biases, and the one that runs rows in C."""
     torch.manual_seed(0)
     plain = Transformer(
@@ -41,7 +41,7 @@ def pair(int8: bool = False, **options: Any) -> tuple[Transformer, RowTransforme
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                setattr(module, name, SkinnyLinear(child, loaded, int8))
+                setattr(module, name, SkinnyLinear(child, loaded, form))
     rows = RowTransformer.of(twin.eval(), loaded)
     assert rows is not None
     return plain.eval(), rows
@@ -142,8 +142,9 @@ def test_a_full_cache_is_an_error() -> None:
 
 
 @needs_compiler
-def test_int8_weights_are_near_and_follow_changes(monkeypatch) -> None:
-    plain, rows = pair(int8=True, width=48)
+@pytest.mark.parametrize("form", ["int8", "w8a8"])
+def test_rounded_weights_are_near_and_follow_changes(form: str, monkeypatch) -> None:
+    plain, rows = pair(form, width=48)
     calls, x = counted(rows, monkeypatch), torch.randn(1, 2, 48)
     with torch.no_grad():
         want, got = plain(x)[0], rows(x)[0]
@@ -236,6 +237,7 @@ def test_two_levels_give_the_same_codes(guidance: float) -> None:
             fast.decoder.layers, RowTransformer
         )
     assert compiled.worker("auto", model) is model
-    assert model.generate(labels, seeds=4, decode="compiled-int8").shape == (2, 36)
+    for decode in ("compiled-int8", "compiled-w8a8"):
+        assert model.generate(labels, seeds=4, decode=decode).shape == (2, 36)
     with pytest.raises(TokenloomError, match="compiled"):
         model.generate(labels, decode="compield")

@@ -25,7 +25,7 @@ from tokenloom.evaluation.speed_cells import Cell, make_cell
 from tokenloom.evaluation.tables import markdown_table
 from tokenloom.generators import Sampling, decoding
 
-INEXACT = ("compiled-int8",)
+INEXACT = ("compiled-int8", "compiled-w8a8")
 """Rungs that are another model by a little: their codes are not compared, and their records say 0 equal codes."""
 SEGMENTS = ("condition", "prefill", "decode", "sample", "detokenize")
 _GREEDY = Sampling(temperature=0)

@@ -332,7 +332,8 @@ class Generator(ModelMixin, ConfigMixin):
             known: LongTensor (B, N), codes to keep.
             keep: BoolTensor (B, N) or (N,), where to keep them; the rest is generated.
             on_step: Called after each step with a `Step`.
-            decode: "auto", "reference", "cached", "compiled", "parallel", a `Parallel`: the same codes; or "compiled-int8".
+            decode: "auto", "reference", "cached", "compiled", "parallel", a `Parallel`: the same codes;
+                or "compiled-int8", "compiled-w8a8".
             steps: How many steps of the order to run; positions of later steps stay 0. `None` runs all.
 
         Returns:

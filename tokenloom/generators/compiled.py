@@ -3,7 +3,7 @@
 On a processor: key/value buffers that are reused, and few rows by kernels that are built on first use
 (`tokenloom.generators.kernels`); without them, what `cached` does. On CUDA the steps are recorded once and replayed
 (`tokenloom.generators.capture`). The codes are those of `cached`, up to rounding. "compiled-int8" reads weights rounded to
-int8 for few rows: another model by a little, and never chosen unasked. Knows rungs, plans and modules; knows no paradigm.
+int8 for few rows, and "compiled-w8a8" rounds the rows as well: another model by a little, and never chosen unasked. Knows rungs, plans and modules; knows no paradigm.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MOST_PROGRAMS = 4
 """Recorded generations kept a model: each holds its buffers."""
+FORMS = {"compiled": "float32", "compiled-int8": "int8", "compiled-w8a8": "w8a8"}
+"""The rungs of this module, and the form of their products of few rows."""
 CAPTURED = {"cuda"}
 """Kinds of devices on which steps are recorded and replayed."""
 
@@ -46,7 +48,7 @@ class _State:
         self.programs: OrderedDict[tuple[object, ...], capture.Program] = OrderedDict()
 
 
-_STATES: weakref.WeakKeyDictionary[Any, dict[bool, _State]] = weakref.WeakKeyDictionary()
+_STATES: weakref.WeakKeyDictionary[Any, dict[str, _State]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -55,14 +57,14 @@ def _fingerprint(module: nn.Module) -> tuple[object, ...]:
     return (module.training, *((id(each), each.data_ptr(), each.dtype, each.device) for each in tensors))
 
 
-def _state(generator: Any, int8: bool) -> _State:
+def _state(generator: Any, form: str) -> _State:
     """The state of a generator, or a new one."""
     mark, plan = _fingerprint(generator), getattr(generator, "plan", None)
     with _LOCK:
         states = _STATES.setdefault(generator, {})
-        state = states.get(int8)
+        state = states.get(form)
         if state is None or state.fingerprint != mark or state.plan is not plan:
-            state = states[int8] = _State(mark, plan, _fast(generator, int8))
+            state = states[form] = _State(mark, plan, _fast(generator, form))
         return state
 
 
@@ -72,10 +74,10 @@ def worker(name: str, generator: Any, *others: str) -> Any:
     Raises:
         TokenloomError: For a name that is no rung of such generators, nor one of `others`.
     """
-    names = ("auto", "cached", "compiled", "compiled-int8", *others)
+    names = ("auto", "cached", *FORMS, *others)
     if name not in names:
         raise unknown_name("decode rung", name, names)
-    return _state(generator, name == "compiled-int8").fast if name.startswith("compiled") else generator
+    return _state(generator, FORMS[name]).fast if name in FORMS else generator
 
 
 def forget(generator: nn.Module) -> None:
@@ -84,7 +86,7 @@ def forget(generator: nn.Module) -> None:
         _STATES.pop(generator, None)
 
 
-def _fast(generator: Any, int8: bool) -> Any:
+def _fast(generator: Any, form: str) -> Any:
     """The same generator over the same tensors, with kernels for few rows; itself where that is no gain."""
     weights = list(generator.parameters())
     ready = bool(weights) and all(each.device.type == "cpu" for each in weights)
@@ -105,7 +107,7 @@ def _fast(generator: Any, int8: bool) -> Any:
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                setattr(module, name, SkinnyLinear(child, loaded, int8))
+                setattr(module, name, SkinnyLinear(child, loaded, form))
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Transformer and (made := RowTransformer.of(child, loaded)) is not None:
@@ -121,7 +123,7 @@ class CompiledStepper(CachedStepper):
 
     @classmethod
     def of(
-        cls, generator: RowModel, prefix: Tensor, visible: Tensor | None, int8: bool = False
+        cls, generator: RowModel, prefix: Tensor, visible: Tensor | None, form: str = "float32"
     ) -> CachedStepper:
         """The stepper of a generation.
 
@@ -129,9 +131,9 @@ class CompiledStepper(CachedStepper):
             generator: The generator.
             prefix: Prefix rows (B, P, D).
             visible: Which of them may be looked at, (B, P), or `None`.
-            int8: Whether few rows read int8 weights.
+            form: Of products of few rows (`tokenloom.generators.kernels.linear.MOST_ROWS`).
         """
-        state = _state(generator, int8)
+        state = _state(generator, form)
         cache = _lease(state, generator, prefix)
         made = cls(state.fast, prefix, visible, cache)
         made.state = state

@@ -20,6 +20,7 @@ from torch import nn
 
 from tokenloom import __version__, models
 from tokenloom.errors import TokenloomError
+from tokenloom.precision import pays_in_bf16
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,11 +81,12 @@ class Pipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: Bundled name, folder, or "owner/model".
-            **kwargs: `dtype` (or `torch_dtype`) of the weights; `revision` and `cache_dir` for the hub; everything else
+            **kwargs: `dtype` (or `torch_dtype`) of the weights, a torch dtype or "auto", the default; `revision` and `cache_dir` for the hub; everything else
                 as in `DiffusionPipeline.from_pretrained`, for instance a component by its name.
 
         Returns:
-            The pipeline, with weights in float32 unless `dtype` says otherwise.
+            The pipeline. By "auto" weights are float32; but a generator of 25 million weights or more, which reads them from
+            memory at every step, is bfloat16 where the processor computes that (`tokenloom.precision`).
 
         Raises:
             TokenloomError: Unknown name, damaged file, or a model of a newer version.
@@ -107,10 +109,10 @@ class Pipeline(DiffusionPipeline):
         names = [
             name for name in ("dtype", "torch_dtype") if name in kwargs
         ]  # the first is unknown to old diffusers
-        dtypes = [dtype for dtype in map(kwargs.pop, names) if dtype is not None]
+        dtypes = [dtype for dtype in map(kwargs.pop, names) if dtype is not None and dtype != "auto"]
         if any(not isinstance(dtype, torch.dtype) for dtype in dtypes):
             raise TokenloomError(
-                f"Expected dtype to be a torch dtype such as torch.bfloat16, got {dtypes[0]!r}."
+                f'Expected dtype to be a torch dtype such as torch.bfloat16, or "auto", got {dtypes[0]!r}.'
             )
         register_library()
         try:
@@ -119,9 +121,10 @@ class Pipeline(DiffusionPipeline):
             raise TokenloomError(
                 f"The model folder {str(folder)!r} is not whole ({' '.join(str(error).split())}). Copy or download it again."
             ) from error
-        for module in pipe.components.values():
-            if dtypes and isinstance(module, nn.Module):
-                nn.Module.to(module, dtypes[0])  # ModelMixin.to warns of an empty list of float32 modules
+        for name, module in pipe.components.items():
+            if isinstance(module, nn.Module) and (dtypes or (name == "generator" and pays_in_bf16(module))):
+                wanted = dtypes[0] if dtypes else torch.bfloat16
+                nn.Module.to(module, wanted)  # ModelMixin.to warns of an empty list of float32 modules
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         pipe.card = models.read_card(folder)
         return pipe

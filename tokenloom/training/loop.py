@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from tokenloom.errors import TokenloomError
 from tokenloom.models import replace_folder
+from tokenloom.precision import computes_bf16
 from tokenloom.training.config import LoopConfig
 from tokenloom.training.interrupts import noticed_interrupts
 from tokenloom.training.optimizers import make_optimizer
@@ -120,7 +121,7 @@ def resolve_precision(precision: str) -> str:
         return precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    return "bf16" if computes_bf16() else "no"
 
 
 def _row_step(line: str) -> float:

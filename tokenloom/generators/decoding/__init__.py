@@ -44,16 +44,10 @@ class Stepper(Protocol):
         ...
 
 
-def _compiled(generator: RowModel, prefix: Tensor, visible: Tensor | None) -> Stepper:
+def _compiled(generator: RowModel, prefix: Tensor, visible: Tensor | None, form: str = "float32") -> Stepper:
     from tokenloom.generators.compiled import CompiledStepper
 
-    return CompiledStepper.of(generator, prefix, visible)
-
-
-def _compiled_int8(generator: RowModel, prefix: Tensor, visible: Tensor | None) -> Stepper:
-    from tokenloom.generators.compiled import CompiledStepper
-
-    return CompiledStepper.of(generator, prefix, visible, int8=True)
+    return CompiledStepper.of(generator, prefix, visible, form)
 
 
 def _parallel(generator: RowModel, prefix: Tensor, visible: Tensor | None, options: Parallel | str) -> Any:
@@ -66,7 +60,8 @@ RUNGS: dict[str, Callable[[RowModel, Tensor, Tensor | None], Stepper]] = {
     "reference": ReferenceStepper,
     "cached": CachedStepper,
     "compiled": _compiled,
-    "compiled-int8": _compiled_int8,
+    "compiled-int8": partial(_compiled, form="int8"),
+    "compiled-w8a8": partial(_compiled, form="w8a8"),
 }
 
 

@@ -31,7 +31,7 @@ _TIMEOUT = 60
 
 
 class Linear(ctypes.Structure):
-    """`linear_t`: weights (O, K), float32 or with a scale int8, and a bias."""
+    """`linear_t`: weights (O, K), float32 or with a scale int8, and a bias; `whole`: rows are rounded to int8, too."""
 
     _fields_: ClassVar[Sequence[Any]] = (
         ("weight", ctypes.c_void_p),
@@ -39,12 +39,13 @@ class Linear(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
         ("width", ctypes.c_int64),
+        ("whole", ctypes.c_int64),
     )
 
     @classmethod
-    def of(cls, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Linear:
+    def of(cls, weight: Tensor, scale: Tensor | None, bias: Tensor | None, whole: bool = False) -> Linear:
         """The structure of tensors that the caller keeps alive."""
-        return cls(weight.data_ptr(), address(scale), address(bias), *weight.shape)
+        return cls(weight.data_ptr(), address(scale), address(bias), *weight.shape, whole)
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -66,7 +67,9 @@ class Kernels:
         self._draw.argtypes = [pointer] * 4 + [count] * 3 + [ctypes.c_float]
         self._draw.restype = whole
 
-    def linear(self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, whole: bool = False
+    ) -> Tensor:
         """`F.linear` of few rows.
 
         Args:
@@ -74,11 +77,12 @@ class Kernels:
             weight: float32 or int8 (O, K), contiguous.
             scale: float32 (O,) by which int8 rows are multiplied; `None` for float32.
             bias: float32 (O,) or `None`.
+            whole: Whether rows of x are rounded to int8 as well; with int8 weights of -127 to 127 alone.
 
         Returns:
             float32 (..., O).
         """
-        return self.product(x, Linear.of(weight, scale, bias))
+        return self.product(x, Linear.of(weight, scale, bias, whole))
 
     def product(self, x: Tensor, by: Linear) -> Tensor:
         """`linear` with a structure that was made before."""
@@ -177,16 +181,23 @@ def _build(compiler: str, path: Path) -> bool:
 
 def _correct(loaded: Kernels) -> bool:
     """Whether products of all row counts agree with PyTorch's, on odd sizes, and draws with the noise of `tokenloom.rng`."""
-    width, outputs = 37, 29
+    width, outputs = 77, 29
     weight = torch.arange(width * outputs, dtype=torch.float32).remainder(23).sub(11).view(outputs, width) / 8
     bias, ones = torch.arange(outputs, dtype=torch.float32), torch.full((outputs,), 0.125)
     for rows in range(1, 9):
-        x = torch.arange(rows * width, dtype=torch.float32).remainder(17).sub(8).view(rows, width) / 4
+        x = torch.arange(rows * width, dtype=torch.float32).remainder(19).sub(9).view(rows, width) / 4
         want = F.linear(x, weight, bias)
         codes = (weight * 8).to(torch.int8)
         for got in (loaded.linear(x, weight, None, bias), loaded.linear(x, codes, ones, bias)):
             if not torch.allclose(got, want, atol=1e-3):
                 return False
+        step = x.abs().amax(1, keepdim=True) / 127
+        got, want = (
+            loaded.linear(x, codes, ones, bias, True),
+            F.linear((x / step).round() * step, weight, bias),
+        )
+        if not torch.allclose(got, want, atol=1e-3):
+            return False
     seeds, positions = torch.tensor([3, -5]), torch.arange(31)
     noisy = gumbel(seeds[:, None, None], positions[None, :, None], torch.arange(512))
     drawn = loaded.draw(torch.zeros(2, 31, 512), seeds, positions, 1.0, 0)

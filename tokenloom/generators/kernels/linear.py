@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from tokenloom.generators.kernels.build import Kernels, Linear
 from tokenloom.generators.sampling import Sampling, checking_later, sample_tokens
 
-MOST_ROWS = {False: 4, True: 8}
-"""Rows up to which the kernel is used for one product, by whether weights are int8."""
+MOST_ROWS = {"float32": 4, "int8": 8, "w8a8": 16}
+"""The forms of few-row products, and the rows up to which the kernel is used for one.
+
+"int8" rounds weights, one scale an output; "w8a8" rounds rows as well, one scale a row, and multiplies whole numbers.
+"""
 
 
 class SkinnyLinear(nn.Module):
@@ -23,14 +26,13 @@ class SkinnyLinear(nn.Module):
     Args:
         linear: The layer.
         loaded: The kernels.
-        int8: Whether few rows read weights rounded to int8, one scale an output. Rows beyond `MOST_ROWS` always use the
-            weights as they are.
+        form: A key of `MOST_ROWS`. Rows beyond its number always use the weights as they are.
     """
 
-    def __init__(self, linear: nn.Linear, loaded: Kernels, int8: bool) -> None:
+    def __init__(self, linear: nn.Linear, loaded: Kernels, form: str = "float32") -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.loaded, self.int8, self.most = loaded, int8, MOST_ROWS[int8]
+        self.loaded, self.form, self.most = loaded, form, MOST_ROWS[form]
         self._made: tuple[object, Linear, tuple[Tensor, Tensor] | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,6 +41,11 @@ class SkinnyLinear(nn.Module):
         few = 0 < x.numel() <= self.most * x.shape[-1]
         plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and weight.is_contiguous()
         return self.loaded.product(x, self.structure()) if few and plain else F.linear(x, weight, self.bias)
+
+    @property
+    def int8(self) -> bool:
+        """Whether few rows read weights rounded to int8."""
+        return self.form != "float32"
 
     def structure(self) -> Linear:
         """What the kernel reads: the weights, or codes that are worked out again when the weights change."""
@@ -50,7 +57,11 @@ class SkinnyLinear(nn.Module):
         )
         if self._made is None or self._made[0] != state:
             codes = self.rounded() if self.int8 else None
-            by = Linear.of(weight, None, bias) if codes is None else Linear.of(*codes, bias)
+            by = (
+                Linear.of(weight, None, bias)
+                if codes is None
+                else Linear.of(*codes, bias, self.form == "w8a8")
+            )
             self._made = (state, by, codes)
         return self._made[1]
 

@@ -1,7 +1,8 @@
 /* Few rows on a processor: matrix products, a whole stack of transformer blocks, and the drawing of codes.
 
    A step of a generation has few rows, so its time is that of reading weights, if nothing else costs more than that: one call
-   runs all blocks. Everything is float32, weights optionally int8 with a scale an output. Compiled on the machine that runs
+   runs all blocks. Everything is float32, weights optionally int8 with a scale an output, and rows optionally int8 with a scale a
+   row as well. Compiled on the machine that runs
    it by `tokenloom.generators.kernels.build`; the structures are repeated there. R rows, D width, h heads, d head width, L
    visible rows. */
 #include <math.h>
@@ -59,6 +60,7 @@ typedef struct {
   const void *weight;       /* float32, or int8 where there is a scale */
   const float *scale, *bias; /* (outputs) or 0 */
   int64_t outputs, width;
+  int64_t whole; /* whether rows are rounded to int8, too; weights are int8 of -127 to 127 then */
 } linear_t;
 
 /* Four sums over lanes at once. */
@@ -105,8 +107,8 @@ static inline void totals(v8 a, v8 b, v8 c, v8 d, float *to) {
     NAME(x + m * width, w + (o + r) * width, scale ? scale + o + r : 0, bias ? bias + o + r : 0,            \
          y + m * outputs + o + r, outputs, width);
 
-#define KERNEL(KIND, TYPE)                                                                                  \
-  TILE(KIND##_1_8, TYPE, load_##KIND, 1, 8, 0) TILE(KIND##_1_1, TYPE, load_##KIND, 1, 1, 0)                       \
+#define KERNEL(KIND, TYPE, ONE)                                                                             \
+  TILE(KIND##_1_8, TYPE, load_##KIND, 1, 8, ONE) TILE(KIND##_1_1, TYPE, load_##KIND, 1, 1, 0)                       \
   TILE(KIND##_2_6, TYPE, load_##KIND, 2, 6, 1) TILE(KIND##_2_1, TYPE, load_##KIND, 2, 1, 0)                       \
   TILE(KIND##_3_4, TYPE, load_##KIND, 3, 4, 1) TILE(KIND##_3_1, TYPE, load_##KIND, 3, 1, 0)                       \
   TILE(KIND##_4_3, TYPE, load_##KIND, 4, 3, 1) TILE(KIND##_4_1, TYPE, load_##KIND, 4, 1, 0)                 \
@@ -130,11 +132,90 @@ static inline void totals(v8 a, v8 b, v8 c, v8 d, float *to) {
     }                                                                                                       \
   }
 
-KERNEL(f32, float)
-KERNEL(i8, int8_t)
+KERNEL(f32, float, 0)
+KERNEL(i8, int8_t, 1)
+
+/* Sums of products of whole numbers: M rows by R outputs, 32 places at a time as long as there are so many. Both factors lie
+   within 127, so that two products fit into 16 bits. */
+#define WHOLE(M, R)                                                                                          \
+  static inline void whole_##M##_##R(const int8_t *x, const int8_t *w, int32_t *found, long width) {          \
+    long k = 0;                                                                                             \
+    for (int i = 0; i < M * R; i++) found[i] = 0;                                                           \
+    WHOLE_WIDE(M, R)                                                                                        \
+    for (; k < width; k++)                                                                                  \
+      for (int m = 0; m < M; m++)                                                                           \
+        for (int r = 0; r < R; r++) found[m * R + r] += (int32_t)x[m * width + k] * w[r * width + k];       \
+  }
+#ifdef __AVX2__
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#ifdef __AVXVNNI__
+#define FOURS(sum, a, b) _mm256_dpbusd_avx_epi32(sum, a, b)
+#else
+#define FOURS(sum, a, b) _mm256_dpbusd_epi32(sum, a, b)
+#endif
+#else
+#define FOURS(sum, a, b) \
+  _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)))
+#endif
+#define WHOLE_WIDE(M, R)                                                                                     \
+  __m256i sums[M * R];                                                                                      \
+  for (int i = 0; i < M * R; i++) sums[i] = _mm256_setzero_si256();                                         \
+  for (; k + 32 <= width; k += 32)                                                                          \
+    for (int r = 0; r < R; r++) {                                                                           \
+      __m256i weight = _mm256_loadu_si256((const __m256i *)(w + r * width + k)), size = _mm256_abs_epi8(weight); \
+      if (!(k % 64)) __builtin_prefetch(w + (R + r) * width + k);                                           \
+      for (int m = 0; m < M; m++) {                                                                         \
+        __m256i in = _mm256_loadu_si256((const __m256i *)(x + m * width + k));                              \
+        sums[m * R + r] = FOURS(sums[m * R + r], size, _mm256_sign_epi8(in, weight));                       \
+      }                                                                                                     \
+    }                                                                                                       \
+  for (int i = 0; i < M * R; i++)                                                                           \
+    for (int j = 0; j < 8; j++) found[i] += ((const int32_t *)&sums[i])[j];
+#else
+#define WHOLE_WIDE(M, R)
+#endif
+WHOLE(1, 6) WHOLE(1, 1) WHOLE(2, 4) WHOLE(2, 1) WHOLE(4, 2) WHOLE(4, 1)
+
+#define RUN_WHOLE(M, R)                                                                                      \
+  for (; r + R <= count; r += R) {                                                                          \
+    int32_t found[M * R];                                                                                   \
+    whole_##M##_##R(codes + m * width, w + (o + r) * width, found, width);                                  \
+    for (int i = 0; i < M * R; i++) {                                                                       \
+      long to = o + r + i % R;                                                                              \
+      float sum = found[i] * (steps[m + i / R] * scale[to]);                                                \
+      y[(m + i / R) * outputs + to] = bias ? sum + bias[to] : sum;                                          \
+    }                                                                                                       \
+  }
+
+/* 0, or 1 where there is no memory. */
+static int product_whole(const float *x, const int8_t *w, const float *scale, const float *bias, float *y, long rows,
+                         long outputs, long width, int threads) {
+  float *steps = malloc(rows * (sizeof(float) + width));
+  if (!steps) return 1;
+  int8_t *codes = (int8_t *)(steps + rows);
+  for (long m = 0; m < rows; m++) {
+    float most = 1e-12f;
+    for (long k = 0; k < width; k++) most = fmaxf(most, fabsf(x[m * width + k]));
+    steps[m] = most / 127;
+    for (long k = 0; k < width; k++) codes[m * width + k] = (int8_t)lrintf(x[m * width + k] * (127 / most));
+  }
+  PARALLEL
+  for (long o = 0; o < outputs; o += 24) {
+    long count = outputs - o < 24 ? outputs - o : 24;
+    for (long m = 0; m < rows;) {
+      long r = 0;
+      if (rows - m >= 4) { RUN_WHOLE(4, 2) RUN_WHOLE(4, 1) m += 4; }
+      else if (rows - m >= 2) { RUN_WHOLE(2, 4) RUN_WHOLE(2, 1) m += 2; }
+      else { RUN_WHOLE(1, 6) RUN_WHOLE(1, 1) m += 1; }
+    }
+  }
+  free(steps);
+  return 0;
+}
 
 void rows_linear(const linear_t *by, const float *x, float *y, int64_t rows, int threads) {
   if (by->outputs * by->width < SPREAD) threads = 1;
+  if (by->whole && !product_whole(x, by->weight, by->scale, by->bias, y, rows, by->outputs, by->width, threads)) return;
   if (by->scale)
     product_i8(x, by->weight, by->scale, by->bias, y, rows, by->outputs, by->width, threads);
   else

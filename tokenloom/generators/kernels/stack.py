@@ -69,7 +69,7 @@ class RowTransformer(Transformer):
         """The transformer over the same modules; `None` for kinds of blocks that the kernel does not have.
 
         Args:
-            transformer: Its linear layers are `SkinnyLinear` already; int8 ones read int8 weights here too.
+            transformer: Its linear layers are `SkinnyLinear` already; those of another form than float32 keep it here.
             loaded: The kernels.
         """
         config = transformer.config
@@ -208,7 +208,7 @@ def _right(loaded: Kernels) -> bool:
         for block in plain.blocks:
             for owner, names in ((block.attention, ("qkv", "out")), (block.mlp, ("up", "down"))):
                 for name in names:
-                    setattr(owner, name, SkinnyLinear(getattr(owner, name), loaded, int8=False))
+                    setattr(owner, name, SkinnyLinear(getattr(owner, name), loaded))
         (got,) = RowTransformer._over(plain, loaded)(x, rope=rope)
     return torch.allclose(got, want, atol=1e-4)
 
