@@ -116,7 +116,7 @@ def _few_rows() -> Iterator[Pair]:
         return
     for form in MOST_ROWS:
         fast = [SkinnyLinear(layer, loaded, form) for layer in layers]
-        for rows in (1, 2, 4):
+        for rows in (1, 2, 4, 8):
             x = torch.randn(rows, 1, _WIDTH)
 
             def ours(fast: Any = fast, x: Tensor = x) -> None:
@@ -165,10 +165,14 @@ def main(
     rounds: Annotated[int, typer.Option(help="Pairs that count.")] = 7,
     profile: Annotated[bool, typer.Option(help="Also profile three models.")] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file.")] = None,
+    only: Annotated[
+        str, typer.Option(help="One group: heads, attention, conditioning, drawing, few_rows, buffers.")
+    ] = "",
 ) -> None:
     """Times every pair and prints the ratios."""
     figures: dict[str, Any] = {"environment": environment(), "pairs": {}, "profiles": {}}
-    for group in (_heads, _attention, _conditioning, _drawing, _few_rows, _buffers):
+    groups = (_heads, _attention, _conditioning, _drawing, _few_rows, _buffers)
+    for group in [each for each in groups if not only or each.__name__ == f"_{only}"]:
         for name, with_it, without in group():
             result = compare_speed(with_it, without, rounds=rounds, warmups=2)
             pairs = zip(result.other.cpu_seconds, result.ours.cpu_seconds, strict=True)

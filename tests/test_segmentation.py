@@ -64,12 +64,12 @@ def test_answers_come_back() -> None:
     boxes = torch.tensor([[0.0, 4.0, 8.0, 8.0], [0.0, 0.0, 0.0, 0.0]])
     codes = torch.tensor([[1, 2, 3], [9, 9, 9]])
     line = answers.join(boxes, (8, 8), codes)
-    assert line.tolist() == [[10, 14, 18, 18, 1, 2, 3], [19, 19, 19, 19, 9, 9, 9]]
+    assert line.tolist() == [[19, 10, 14, 18, 18, 1, 2, 3], [20, 10, 10, 10, 10, 9, 9, 9]]
     said, masks = answers.split(line, (16, 16))
     assert said.tolist() == [[0, 8, 16, 16], [0, 0, 0, 0]]
     assert torch.equal(masks, codes)
     crossed = line.clone()
-    crossed[0, 0], crossed[0, 2] = 18, 10
+    crossed[0, 1], crossed[0, 3] = 18, 10
     assert answers.split(crossed, (8, 8))[0][0].tolist() == [0, 4, 8, 8]
 
 
@@ -78,8 +78,8 @@ def test_frames_follow_from_boxes() -> None:
     tokenizer = MaskTokenizer(32, 4, SHAPE, SHAPE, {"codebook_size": 16}, frame_codes=2, frame_side=16).eval()
     assert tokenizer.frame is not None
     answers = AnswerCodes.of(tokenizer, tokenizer.frame.steps + 1)
-    assert answers.length == 6 and answers.ranges[1] == [2, 0, 18]
-    assert [answers.steps(count) for count in (1, 2, 3, 4)] == [5, 5, 5, 6]
+    assert answers.length == 7 and answers.ranges[2] == [2, 0, 18]
+    assert [answers.steps(count) for count in (1, 2, 3, 4)] == [6, 6, 6, 7]
     masks = torch.zeros(3, 32, 32, dtype=torch.bool)
     masks[0, 3:20, 9:30], masks[1] = True, True
     codes = tokenizer.encode(masks)
@@ -112,11 +112,15 @@ def test_codes_stay_in_their_ranges(pipe: SegmentationPipeline) -> None:
     condition = PictureWords(torch.randn(6, pipe.picture_encoder.rows, 24), torch.randint(0, 6, (6, 5)))
     sampling = Sampling(temperature=50.0)
     made = generator.generate(condition, sampling=sampling, seeds=3, guidance=1.5)
-    assert int(made[:, :4].min()) >= answers.masks and int(made[:, 4:].max()) < answers.masks
+    assert int(made[:, :5].min()) >= answers.masks and int(made[:, 5:].max()) < answers.masks
+    assert (
+        set(made[:, 0].tolist()) <= {answers.there, answers.nothing}
+        and int(made[:, 1:5].max()) < answers.there
+    )
     again = generator.generate(condition, sampling=sampling, seeds=3, guidance=1.5, decode="reference")
     assert torch.equal(made, again)
     chances = generator.logits(made, condition).softmax(-1)
-    assert chances[:, :4, : answers.masks].sum() == 0 and chances[:, 4:, answers.masks :].sum() == 0
+    assert chances[:, :5, : answers.masks].sum() == 0 and chances[:, 5:, answers.masks :].sum() == 0
     assert bool(generator.loss(made, condition).isfinite())
 
 
@@ -185,11 +189,11 @@ def test_a_call_for_fewer_codes_stops_early(
     masks = pipe.tokenizer.decode(whole.codes, 2, whole.size, output="mask")
     assert torch.equal(torch.as_tensor(short.masks), masks)
     if decode != "parallel":
-        assert (before, forwards) == (4 + 4 + 1, 4 + 2 + 1)  # box, mask, and the scores
+        assert (before, forwards) == (5 + 4 + 1, 5 + 2 + 1)  # box, mask, and the scores
     else:
         assert forwards <= before
-    with pytest.raises(TokenloomError, match=r"1\.\.8, got 9"):
-        pipe.generator.generate(batch_size=1, steps=9)
+    with pytest.raises(TokenloomError, match=r"1\.\.9, got 10"):
+        pipe.generator.generate(batch_size=1, steps=10)
 
 
 def test_several_pictures_run_together_and_each_is_encoded_once(
@@ -350,7 +354,7 @@ def test_both_models_train(segmenter: str, frame: int, tmp_path: Path) -> None:
     assert ("names" in row) == (segmenter == "tokens")
 
 
-@pytest.mark.parametrize("learned", [0, 29])
+@pytest.mark.parametrize("learned", [0, 30])
 @pytest.mark.parametrize("pointing", [False, True])
 def test_phrases_share_the_rows_of_their_picture(
     pipe: SegmentationPipeline, learned: int, pointing: bool
@@ -363,7 +367,7 @@ def test_phrases_share_the_rows_of_their_picture(
     generator = RangedTokenGenerator(**{**options, **changes})
     features, words = torch.randn(2, 16, 24), torch.randint(0, 6, (6, 5))
     low, high = pipe.answers.masks, pipe.answers.vocabulary
-    answers = torch.cat((torch.randint(low, high, (6, 4)), torch.randint(0, low, (6, 4))), dim=1)
+    answers = torch.cat((torch.randint(low, high, (6, 5)), torch.randint(0, low, (6, 4))), dim=1)
     alone = generator.logits(answers, PictureWords(features.repeat_interleave(3, 0), words))
     shared = shared_logits(generator, features, words, answers)
     assert shared.shape == alone.shape and torch.allclose(shared, alone, atol=1e-5)
@@ -374,7 +378,7 @@ def test_phrases_share_the_rows_of_their_picture(
 
 
 def test_words_point_at_the_places_that_name_them() -> None:
-    """The row of a word changes with what places say of this word, not of others, and "no word" points nowhere."""
+    """The row of a word changes with what places say of this word and those before it, not of later ones."""
     torch.manual_seed(0)
     condition = PictureCondition(4, 8, 6, 3, 16, factor=8, pointing=True)
     with torch.no_grad():
@@ -385,14 +389,41 @@ def test_words_point_at_the_places_that_name_them() -> None:
     shown = torch.zeros(1, 4, 8)
     shown[0, 2, 3] = 9.0  # place 2 shows word 3
     assert condition.named(shown).argmax(-1)[0, 2] == 3
-    words = torch.tensor([[3, 4, 0], [1, 3, 2]])
+    words = torch.tensor([[3, 4, 0], [1, 3, 2], [0, 0, 0]])
     nothing, rows = condition.say(torch.zeros(1, 4, 8), words), condition.say(shown, words)
     changed = (rows - nothing).abs().amax(-1) > 1e-2
-    assert changed.tolist() == [[True, False, False], [False, True, False]]
+    assert changed.tolist() == [[True] * 3, [True] * 3, [False] * 3]  # all rows of words see the picture
+    with torch.no_grad():
+        condition.see.weight.zero_()  # what is seen there: also for the rows behind the word, "no word" among them
+        nothing, alone = condition.say(torch.zeros(1, 4, 8), words), condition.say(shown, words)
+    changed = (alone - nothing).abs().amax(-1) > 1e-2
+    assert changed.tolist() == [[True, False, False], [False, True, False], [False] * 3]
     moved = shown[:, [0, 2, 1, 3]]
     assert not torch.allclose(condition.say(moved, words)[0, 0], rows[0, 0])
-    plain = condition.words(words, 2, words.device)
-    assert torch.equal(rows[0, 2], plain[0, 2])
+    plain = condition.words(words, 3, words.device)
+    assert torch.equal(alone[0, 2], plain[0, 2]) and torch.equal(rows[2], plain[2])
+
+
+def test_words_together_choose_the_places_that_are_seen() -> None:
+    """ "green apple" sees the place that names both, and a word that no place names leaves the others to choose."""
+    torch.manual_seed(0)
+    condition = PictureCondition(4, 8, 6, 4, 4, factor=8, pointing=True)
+    with torch.no_grad():
+        condition.words.table.weight.copy_(torch.eye(6, 8) * 5)
+        condition.name.weight.copy_(torch.eye(8))
+        condition.name.bias.zero_()
+        condition.name_bias[0] = 9.0
+        condition.point.weight.zero_()
+        condition.see.weight.copy_(torch.eye(4))
+        shown = torch.zeros(1, 4, 8)
+        shown[0, 0, 2] = shown[0, 1, [2, 3]] = shown[0, 2, 3] = 9.0  # place 1 shows both words
+        words = torch.tensor([[5, 2, 3, 0], [5, 5, 0, 0]])
+        seen = condition.say(shown, words) - condition.words(words, 2, words.device)
+        looks = condition.look(shown)[0]
+    for row in seen[0, 2:]:
+        apart = (looks - row).abs().amax(-1)
+        assert int(apart.argmin()) == 1 and float(apart.amin()) < 0.1 * float(apart[[0, 2, 3]].amin())
+    assert torch.allclose(seen[1, 3], looks.mean(0), atol=1e-2)
 
 
 def test_a_unet_of_patches_writes_every_pixel() -> None:

@@ -15,6 +15,9 @@ from tokenloom.errors import TokenloomError
 from tokenloom.generators.conditions import Condition, PictureWords, WordCondition, describe
 from tokenloom.layers import make_norm
 
+_LEAST = 0.02
+"""A chance below which places do not differ: words that no place names, as "left" or "all", leave the others to choose."""
+
 
 class PictureCondition(Condition):
     """`PictureWords`: features of a picture (B, P, F) and word ids (B, T); no words are the null condition beside a picture.
@@ -26,9 +29,9 @@ class PictureCondition(Condition):
         words: Words a phrase T.
         width: Model width D.
         factor: Width of the word table.
-        pointing: Whether every word also tells where the picture shows it: its row gets, projected, the chance of every
-            place to name the word. What places name has a loss of its own (`named`), so the model need not find out by its
-            answers what words look like.
+        pointing: Whether every word also tells where the picture shows it and what is there: its row gets, projected, the
+            chance of every place to name the word, and the mean of the places that name this word and those before it. What
+            places name has a loss of its own (`named`), so the model need not find out by its answers what words look like.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class PictureCondition(Condition):
             self.name = nn.Linear(features, factor)
             self.name_bias = nn.Parameter(torch.zeros(vocabulary))
             self.point = nn.Linear(rows, width, bias=False)
+            self.see = nn.Linear(width, width, bias=False)
 
     def null(self, batch: int, device: torch.device) -> PictureWords:
         """No words about a picture of zeros."""
@@ -98,8 +102,12 @@ class PictureCondition(Condition):
             return rows
         chances = self.named(features).softmax(-1)
         asked = words.view(len(features), 1, -1).expand(-1, self.picture_rows, -1)
-        shown = chances.gather(2, asked).transpose(1, 2).reshape(*words.shape, -1)
-        return rows + self.point(shown * (words > 0)[..., None])
+        shown = chances.gather(2, asked).transpose(1, 2).reshape(*words.shape, -1)  # (B n, T, P)
+        there = (words > 0)[..., None]
+        both = ((shown + _LEAST).log() * there).cumsum(1).softmax(-1)  # places that name all words so far
+        seen = both.unflatten(0, (len(features), -1)) @ self.look(features)[:, None]
+        seen = self.see(seen.flatten(0, 1)) * (there.cumsum(1) > 0)
+        return rows + self.point(shown * there) + seen
 
     def forward(self, condition: PictureWords, batch: int, device: torch.device) -> Tensor:  # type: ignore[override]
         """The rows of the picture, then one row a word."""

@@ -1,8 +1,9 @@
-"""Answers to a phrase as one line of codes: the box of an object, then its mask, coarse to fine.
+"""Answers to a phrase as one line of codes: whether there is an object, its box, then its mask, coarse to fine.
 
-Four codes of a box (x0, y0, x1, y1) stand before the K codes of the mask, in a vocabulary of the mask's codes, the steps of
-the box's scale and one code that says "no box". An answer is therefore itself coarse to fine, a box alone is its first part,
-and a known box is a known beginning. Of a mask tokenizer whose first codes say a box themselves, an answer leaves these out: they
+First stands one of two codes, "there" or "nothing"; then four of the box (x0, y0, x1, y1), then the K codes of the mask, in a
+vocabulary of the mask's codes, the steps of the box's scale and these two. Whether there is something is a choice of its own,
+because a side that is known roughly has a small chance at every step of its scale, so that "nothing" would win beside them. An
+answer is itself coarse to fine, a box alone is its first part, and a known box is a known beginning. Of a mask tokenizer whose first codes say a box themselves, an answer leaves these out: they
 follow from its own. Knows numbers; knows nothing of networks, phrases or pictures.
 """
 
@@ -18,8 +19,8 @@ from tokenloom.tokenizers.boxes import Size, boxes_to_codes, codes_to_boxes
 from tokenloom.tokenizers.mask import MaskTokenizer
 from tokenloom.tokenizers.mask_frames import MaskFrame
 
-BOX = 4
-"""Codes of a box."""
+BOX = 5
+"""Codes of a box: whether there is one, and its four sides."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class AnswerCodes:
     Attributes:
         levels: Codes a mask K.
         masks: Number of codes of masks; they come first.
-        bins: Steps of the scale of boxes, whose codes follow; the last code is `nothing`. `frame.steps` + 1 of them say a frame
-            exactly.
+        bins: Steps of the scale of boxes, whose codes follow; the last two are `there` and `nothing`. `frame.steps` + 1 steps say
+            a frame exactly.
         empty: The code of an empty mask, or `None`.
         frame: What makes the first codes of masks of their boxes, or `None`.
     """
@@ -63,23 +64,33 @@ class AnswerCodes:
     @property
     def vocabulary(self) -> int:
         """Number of codes in all."""
-        return self.masks + self.bins + 1
+        return self.masks + self.bins + 2
 
     @property
-    def nothing(self) -> int:
-        """The code that stands four times in the place of a box where there is no object."""
+    def there(self) -> int:
+        """The first code where there is an object."""
         return self.masks + self.bins
 
     @property
+    def nothing(self) -> int:
+        """The first code where there is none; the sides of the box are then the lowest of the scale."""
+        return self.masks + self.bins + 1
+
+    @property
     def ranges(self) -> list[list[int]]:
-        """[count, low, high] of the two parts, as `RangedTokenGenerator` takes them."""
-        return [[BOX, self.masks, self.vocabulary], [self.length - BOX, 0, self.masks]]
+        """[count, low, high] of the three parts, as `RangedTokenGenerator` takes them."""
+        return [
+            [1, self.there, self.vocabulary],
+            [4, self.masks, self.there],
+            [self.length - BOX, 0, self.masks],
+        ]
 
     def box_codes(self, boxes: Tensor, size: Size) -> Tensor:
-        """LongTensor (B, 4) of boxes (B, 4) in pixels; boxes without area say that there is nothing."""
+        """LongTensor (B, 5) of boxes (B, 4) in pixels; boxes without area say that there is nothing."""
         codes = boxes_to_codes(boxes, size, self.bins) + self.masks
-        none = (boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1])
-        return codes.masked_fill(none.to(codes.device)[:, None], self.nothing)
+        none = ((boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1])).to(codes.device)[:, None]
+        first = torch.full_like(codes[:, :1], self.there).masked_fill(none, self.nothing)
+        return torch.cat((first, codes.masked_fill(none, self.masks)), dim=1)
 
     def join(self, boxes: Tensor, size: Size, masks: Tensor) -> Tensor:
         """Answers (B, length) of boxes (B, 4) in pixels of a picture of a size, and codes (B, K) of masks."""
@@ -92,8 +103,8 @@ class AnswerCodes:
         """
         if answers.ndim != 2 or answers.shape[1] != self.length:
             raise TokenloomError(f"Answers must be (B, {self.length}), got {tuple(answers.shape)}.")
-        codes = answers[:, :BOX] - self.masks
-        none = (codes == self.bins).any(1)
+        codes = answers[:, 1:BOX] - self.masks
+        none = answers[:, 0] == self.nothing
         boxes = codes_to_boxes(codes.clamp(0, self.bins - 1), size, self.bins)
         low, high = torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])
         boxes, masks = torch.cat((low, high), dim=1), answers[:, BOX:]

@@ -91,6 +91,7 @@ class SegmentationConfig:
             for a phrase. Words then point at the places that name them (`PictureCondition`); 0 leaves it all out.
         places_until: Share of the training, from its beginning, in which the encoder learns what places tell and the
             generator rests; needs place_loss.
+        box_blur: Standard deviation of the targets of a box's sides, in steps of the scale of `bins`; 0 = sides are one step.
         mask_loss: Weight of the hierarchical mask loss, which decodes predicted tokens; 0 turns it off.
         mask_levels: Prefix lengths drawn for it a step.
         sampling: Preset stored with the model: guidance_scale, temperature, top_k, top_p.
@@ -111,6 +112,7 @@ class SegmentationConfig:
     share_picture: bool = True
     place_loss: float = 0.0
     places_until: float = 0.0
+    box_blur: float = 0.0
     mask_loss: float = 0.0
     mask_levels: int = 2
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -127,9 +129,9 @@ class SegmentationConfig:
             raise TokenloomError(
                 "phrases, max_length and mask_levels must be at least 1, and bins at least 2."
             )
-        if not 0 <= self.drop <= 1 or min(self.mask_loss, self.place_loss) < 0:
+        if not 0 <= self.drop <= 1 or min(self.mask_loss, self.place_loss, self.box_blur) < 0:
             raise TokenloomError(
-                "drop must lie between 0 and 1, and mask_loss and place_loss must not be negative."
+                "drop must lie between 0 and 1, and mask_loss, place_loss and box_blur must not be negative."
             )
         if not 0 <= self.places_until <= (1 if self.place_loss else 0):
             raise TokenloomError(

@@ -142,6 +142,23 @@ class PhraseModel(nn.Module):
         return self.generator.logits(answers, PictureWords(features, words)), said
 
 
+def side_loss(logits: Tensor, codes: Tensor, answers: AnswerCodes, blur: float) -> Tensor:
+    """Cross-entropy (B, 4) in nats of the sides of boxes, whose targets spread to the next steps of the scale.
+
+    Steps are numbers in order, and a side that is a step off is nearly right.
+
+    Args:
+        logits: (B, 4, V), of which only the steps of the scale are possible.
+        codes: LongTensor (B, 4) of sides.
+        answers: Says where the scale lies.
+        blur: Standard deviation of the targets in steps; 0 = each side is one step.
+    """
+    scale = torch.arange(answers.masks, answers.there, device=logits.device)
+    far = (scale - codes[..., None]).float()
+    wanted = (-far.square() / (2 * max(blur, 1e-2) ** 2)).softmax(-1)
+    return -(wanted * logits[..., answers.masks : answers.there].log_softmax(-1)).sum(-1)
+
+
 class SegmentationTask(PhraseTask):
     """Trains picture encoder and generator on the codes of a fixed mask tokenizer."""
 
@@ -198,7 +215,12 @@ class SegmentationTask(PhraseTask):
         logits, said = module(to_unit(batch["pixels"]), batch["words"], answers)
         logits = logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
-        logs = {"box": losses[:, :BOX].mean(), "mask": losses[:, BOX:].mean()}
+        losses[:, 1:BOX] = side_loss(logits[:, 1:BOX], answers[:, 1:BOX], self.answers, self.config.box_blur)
+        logs = {
+            "there": losses[:, 0].mean(),
+            "box": losses[:, 1:BOX].mean(),
+            "mask": losses[:, BOX:].mean(),
+        }
         total = losses.mean()
         if said is not None:
             places, told = self._places(said, batch)
