@@ -256,7 +256,7 @@ def test_loading_in_bfloat16(saved: Path, name: str) -> None:
 
 
 def test_a_dtype_that_is_none(saved: Path) -> None:
-    with pytest.raises(TokenloomError, match=r"such as torch\.bfloat16, got 'bf16'"):
+    with pytest.raises(TokenloomError, match=r"such as torch\.bfloat16, or \"auto\", got 'bf16'"):
         TextToImagePipeline.from_pretrained(saved, dtype="bf16")
 
 
