@@ -342,6 +342,8 @@ def test_products_of_whole_numbers_are_exact(size: tuple[int, int]) -> None:
     assert torch.allclose(got, want, atol=2e-3, rtol=1e-4), (got - want).abs().max()
     nothing = loaded.linear(torch.zeros(rows, width), codes, scale, bias, whole=True)
     assert torch.equal(nothing, bias.expand(rows, -1))
+    x[0, 1] = torch.nan
+    assert loaded.linear(x, codes, scale, bias, whole=True)[0].isnan().all()
 
 
 def test_a_broken_file_in_the_cache_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 On a processor: key/value buffers that are reused, and few rows by kernels that are built on first use
 (`tokenloom.generators.kernels`); without them, what `cached` does. On CUDA the steps are recorded once and replayed
 (`tokenloom.generators.capture`). The codes are those of `cached`, up to rounding. "compiled-int8" reads weights rounded to
-int8 for few rows, and "compiled-w8a8" rounds the rows as well: another model by a little, and never chosen unasked. Knows rungs, plans and modules; knows no paradigm.
+int8 for few rows, and "compiled-w8a8" rounds the rows as well: another model by a little, and never chosen unasked. Knows
+rungs, plans and modules; knows no paradigm.
 """
 
 from __future__ import annotations

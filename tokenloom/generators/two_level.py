@@ -163,8 +163,8 @@ class TwoLevelGenerator(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Generates codes (B, N); arguments as for `Generator.generate`, but that `on_step` is called after each patch.
 
-        `decode` is "auto" ("cached"), "cached", "compiled", "compiled-int8", "compiled-w8a8", or "parallel" (or a `Parallel`): the steps
-        inside a patch are guessed, several in a forward, and the codes are those of "cached".
+        `decode` is "auto" ("cached"), "cached", "compiled", "compiled-int8", "compiled-w8a8", or "parallel" (or a
+        `Parallel`): the steps inside a patch are guessed, several in a forward, and the codes are those of "cached".
         """
         ahead = Parallel() if decode == "parallel" else decode if isinstance(decode, Parallel) else None
         own = self if isinstance(decode, Parallel) or ahead is not None else worker(decode, self, "parallel")

@@ -81,8 +81,8 @@ class Pipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: Bundled name, folder, or "owner/model".
-            **kwargs: `dtype` (or `torch_dtype`) of the weights, a torch dtype or "auto", the default; `revision` and `cache_dir` for the hub; everything else
-                as in `DiffusionPipeline.from_pretrained`, for instance a component by its name.
+            **kwargs: `dtype` (or `torch_dtype`) of the weights, a torch dtype or "auto", the default; `revision` and
+                `cache_dir` for the hub; everything else as in `DiffusionPipeline.from_pretrained`, for instance a component by its name.
 
         Returns:
             The pipeline. By "auto" weights are float32; but a generator of 25 million weights or more, which reads them from

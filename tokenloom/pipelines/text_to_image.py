@@ -136,7 +136,8 @@ class TextToImagePipeline(Pipeline):
             known: Codes (N,), (1, N) or (B, N), an alternative to `image`.
             keep: Which of `known` to keep, bool of the same shape.
             decode: "auto", "cached", "compiled", "parallel" (or a `Parallel`) or "reference", which all give the same
-                codes, or "compiled-int8" and "compiled-w8a8". The progress bar of the compiled ones stands still where no callback is given.
+                codes, or "compiled-int8" and "compiled-w8a8". The progress bar of the compiled ones stands still where no
+                callback is given.
             output_type: "pil", "np", "pt" or "codes".
             return_dict: False gives the tuple (images, codes, seeds).
             callback_on_step_end: `callback(pipe, step_index, timestep, callback_kwargs)`, after every step; `timestep`

@@ -3,8 +3,9 @@
 First stands one of two codes, "there" or "nothing"; then four of the box (x0, y0, x1, y1), then the K codes of the mask, in a
 vocabulary of the mask's codes, the steps of the box's scale and these two. Whether there is something is a choice of its own,
 because a side that is known roughly has a small chance at every step of its scale, so that "nothing" would win beside them. An
-answer is itself coarse to fine, a box alone is its first part, and a known box is a known beginning. Of a mask tokenizer whose first codes say a box themselves, an answer leaves these out: they
-follow from its own. Knows numbers; knows nothing of networks, phrases or pictures.
+answer is itself coarse to fine, a box alone is its first part, and a known box is a known beginning. Of a mask tokenizer whose
+first codes say a box themselves, an answer leaves these out: they follow from its own. Knows numbers; knows nothing of
+networks, phrases or pictures.
 """
 
 from __future__ import annotations

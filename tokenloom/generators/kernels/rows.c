@@ -1,9 +1,8 @@
 /* Few rows on a processor: matrix products, a whole stack of transformer blocks, and the drawing of codes.
 
    A step of a generation has few rows, so its time is that of reading weights, if nothing else costs more than that: one call
-   runs all blocks. Everything is float32, weights optionally int8 with a scale an output, and rows optionally int8 with a scale a
-   row as well. Compiled on the machine that runs
-   it by `tokenloom.generators.kernels.build`; the structures are repeated there. R rows, D width, h heads, d head width, L
+   runs all blocks. Everything is float32, weights optionally int8 with a scale an output, and rows optionally int8 with a scale
+   a row as well. Compiled on the machine that runs it by `tokenloom.generators.kernels.build`; the structures are repeated there. R rows, D width, h heads, d head width, L
    visible rows. */
 #include <math.h>
 #include <stdint.h>
@@ -169,8 +168,11 @@ KERNEL(i8, int8_t, 1)
         sums[m * R + r] = FOURS(sums[m * R + r], size, _mm256_sign_epi8(in, weight));                       \
       }                                                                                                     \
     }                                                                                                       \
-  for (int i = 0; i < M * R; i++)                                                                           \
-    for (int j = 0; j < 8; j++) found[i] += ((const int32_t *)&sums[i])[j];
+  for (int i = 0; i < M * R; i++) {                                                                         \
+    int32_t parts[8];                                                                                       \
+    _mm256_storeu_si256((__m256i *)parts, sums[i]);                                                         \
+    for (int j = 0; j < 8; j++) found[i] += parts[j];                                                       \
+  }
 #else
 #define WHOLE_WIDE(M, R)
 #endif
@@ -194,9 +196,12 @@ static int product_whole(const float *x, const int8_t *w, const float *scale, co
   if (!steps) return 1;
   int8_t *codes = (int8_t *)(steps + rows);
   for (long m = 0; m < rows; m++) {
-    float most = 1e-12f;
-    for (long k = 0; k < width; k++) most = fmaxf(most, fabsf(x[m * width + k]));
-    steps[m] = most / 127;
+    float most = 1e-12f, wrong = 0; /* NaN where a number is not finite, so that the products say so */
+    for (long k = 0; k < width; k++) {
+      most = fmaxf(most, fabsf(x[m * width + k]));
+      wrong += x[m * width + k] * 0;
+    }
+    steps[m] = most / 127 + wrong;
     for (long k = 0; k < width; k++) codes[m * width + k] = (int8_t)lrintf(x[m * width + k] * (127 / most));
   }
   PARALLEL
