@@ -171,8 +171,11 @@ def main(
 ) -> None:
     """Times every pair and prints the ratios."""
     figures: dict[str, Any] = {"environment": environment(), "pairs": {}, "profiles": {}}
-    groups = (_heads, _attention, _conditioning, _drawing, _few_rows, _buffers)
-    for group in [each for each in groups if not only or each.__name__ == f"_{only}"]:
+    all_groups = (_heads, _attention, _conditioning, _drawing, _few_rows, _buffers)
+    groups = {each.__name__.strip("_"): each for each in all_groups}
+    if only and only not in groups:
+        raise typer.BadParameter(f"There is no group {only!r}; choose one of {', '.join(groups)}.")
+    for group in [groups[only]] if only else all_groups:
         for name, with_it, without in group():
             result = compare_speed(with_it, without, rounds=rounds, warmups=2)
             pairs = zip(result.other.cpu_seconds, result.ours.cpu_seconds, strict=True)

@@ -52,11 +52,9 @@ def test_a_phrase_means_a_ball(
     picture, masks = scene
     output = pipe(picture, [f"the {colour} ball" for colour in masks])
     for colour, mask, other in zip(masks, output.masks, output.boxes, strict=True):
-        assert overlap(mask, masks[colour]) > 0.6, (colour, other)
+        assert overlap(mask, masks[colour]) > 0.75, (colour, other)
     left, top, side = BALLS["red"]
-    assert torch.allclose(
-        output.boxes[0], torch.tensor([left, top, left + side, top + side]).float(), atol=14
-    )
+    assert torch.allclose(output.boxes[0], torch.tensor([left, top, left + side, top + side]).float(), atol=6)
     assert float(output.present.min()) > 0.5
 
 
@@ -68,7 +66,7 @@ def test_fewer_codes_are_coarser_masks(
         overlap(pipe(picture, "the red ball", mask_tokens=count).masks[0], masks["red"])
         for count in (1, 4, 32)
     ]
-    assert found[0] > 0.25 and found[2] > found[0]
+    assert 0.5 < found[0] < found[1] < found[2]
 
 
 def test_rungs_agree(pipe: SegmentationPipeline, scene: tuple[Image.Image, dict[str, Tensor]]) -> None:
@@ -95,7 +93,7 @@ def test_the_command_needs_no_model(scene: tuple[Image.Image, dict[str, Tensor]]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     with Image.open(mask) as opened:
-        assert overlap(torch.from_numpy(np.asarray(opened.convert("L")) > 127), masks["red"]) > 0.6
+        assert overlap(torch.from_numpy(np.asarray(opened.convert("L")) > 127), masks["red"]) > 0.75
     with Image.open(over) as opened:
         assert opened.size == picture.size
 

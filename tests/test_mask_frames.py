@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import tiny_masks
 import torch
+from tiny_masks import make_mask_tokenizer
 from torch import Tensor
 
 from tokenloom import MaskTokenizer, TokenloomError
 from tokenloom.testing import check_tokenizer
 from tokenloom.tokenizers.mask_frames import MaskFrame
-
-SMALL = {"width": 24, "depth": 2, "heads": 2, "patch": 4}
 
 
 def boxes(count: int, size: int, seed: int = 0) -> Tensor:
@@ -18,23 +18,12 @@ def boxes(count: int, size: int, seed: int = 0) -> Tensor:
     return corners.sort(1).values.flatten(1)
 
 
-def build(**options: object) -> MaskTokenizer:
-    torch.manual_seed(0)
-    codes = {"codebook_size": 64, "dim": 4}
-    settings: dict[str, object] = {"frame_codes": 2, "frame_side": 16, **options}
-    tokenizer = MaskTokenizer(32, 6, SMALL, SMALL, codes, **settings).eval()  # type: ignore[arg-type]
-    with torch.no_grad():
-        tokenizer.encoder.patch_embed.weight *= 8  # so that random weights tell shapes apart
-    return tokenizer
+def build(frame_codes: int = 2) -> MaskTokenizer:
+    return make_mask_tokenizer(image_size=32, frame_codes=frame_codes, frame_side=16)
 
 
 def ellipses(count: int, height: int = 32, width: int = 32) -> Tensor:
-    """Bool (B, H, W)."""
-    random = torch.Generator().manual_seed(1)
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    centre = 0.3 + 0.4 * torch.rand(count, 2, 1, 1, generator=random)
-    radius = 0.15 + 0.15 * torch.rand(count, 2, 1, 1, generator=random)
-    return ((y - centre[:, 0]) / radius[:, 0]).square() + ((x - centre[:, 1]) / radius[:, 1]).square() < 1
+    return tiny_masks.ellipses(count, height, width, 0.2)
 
 
 @pytest.mark.parametrize(

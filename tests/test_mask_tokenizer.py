@@ -7,38 +7,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from tiny_masks import ellipses as shapes
+from tiny_masks import make_mask_tokenizer as build
 
 from tokenloom import Layout, MaskTokenizer, TokenloomError
 from tokenloom.testing import check_tokenizer
 from tokenloom.tokenizers.mask_words import IGNORED, MaskWords
 
-SMALL = {"width": 24, "depth": 2, "heads": 2, "patch": 4}
 PIXEL = {"channels": 8, "multipliers": [1, 1, 2], "blocks": 1, "latent": 8, "groups": 4}
-
-
-def build(**options: object) -> MaskTokenizer:
-    torch.manual_seed(0)
-    settings: dict[str, object] = {
-        "image_size": 16,
-        "levels": 6,
-        "encoder_config": SMALL,
-        "decoder_config": SMALL,
-        "quantizer_options": {"codebook_size": 64, "dim": 4},
-    }
-    tokenizer = MaskTokenizer(**{**settings, **options}).eval()  # type: ignore[arg-type]
-    with torch.no_grad():
-        tokenizer.encoder.patch_embed.weight *= 8  # so that random weights tell masks apart
-    return tokenizer
-
-
-def shapes(count: int, height: int = 16, width: int = 16) -> Tensor:
-    """Bool ellipses (B, H, W)."""
-    random = torch.Generator().manual_seed(1)
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    centre = 0.3 + 0.4 * torch.rand(count, 2, 1, 1, generator=random)
-    radius = 0.1 + 0.3 * torch.rand(count, 2, 1, 1, generator=random)
-    return ((y - centre[:, 0]) / radius[:, 0]).square() + ((x - centre[:, 1]) / radius[:, 1]).square() < 1
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 from tokenloom import MaskTokenizer
 from tokenloom.errors import TokenloomError
-from tokenloom.training.place_losses import PlaceHeads, box_loss, name_loss, outline_loss
+from tokenloom.tokenizers import AnswerCodes
+from tokenloom.training.place_losses import PlaceHeads, box_loss, name_loss, outline_loss, shown_objects
 from tokenloom.training.run import train_segmentation
+from tokenloom.training.segmentation_task import side_loss
 
 
 def test_places_name_what_they_show() -> None:
@@ -26,9 +28,9 @@ def test_places_name_what_they_show() -> None:
     chances[0, 0, [2, 3]] = 0.5  # object 1 everywhere: both of its words
     chances[0, [1, 2], 0] = 1.0  # background
     chances[0, 3, [0, 4]] = 0.5  # half of it object 2
-    best = name_loss(chances.log(), instances, things)
+    best = name_loss(chances.log(), shown_objects(instances, 2), things)
     assert float(best) == pytest.approx(2 * np.log(2) / 4, rel=1e-4)
-    assert float(name_loss(chances[:, [3, 1, 2, 0]].log(), instances, things)) > 2
+    assert float(name_loss(chances[:, [3, 1, 2, 0]].log(), shown_objects(instances, 2), things)) > 2
 
 
 def test_outlines_are_told_square_by_square() -> None:
@@ -38,8 +40,8 @@ def test_outlines_are_told_square_by_square() -> None:
     outline = (
         sure.view(2, 2, 4, 2, 4).transpose(2, 3).reshape(2, 4, 4, 4)
     )  # places in rows, squares of one pixel
-    assert float(outline_loss(outline, instances)) < 1e-6
-    assert float(outline_loss(outline.transpose(2, 3), instances)) > 1
+    assert float(outline_loss(outline, shown_objects(instances, 2))) < 1e-6
+    assert float(outline_loss(outline.transpose(2, 3), shown_objects(instances, 2))) > 1
 
 
 def test_boxes_are_those_of_the_object_that_a_place_shows() -> None:
@@ -48,10 +50,24 @@ def test_boxes_are_those_of_the_object_that_a_place_shows() -> None:
     boxes = torch.full((1, 4, 4), 9.0)
     boxes[0, 0] = boxes[0, 1] = torch.tensor([1, 1, 7, 4]) / 8
     boxes[0, 3] = torch.tensor([4, 5, 8, 8]) / 8
-    assert float(box_loss(boxes, instances, 3)) == 0  # place 2 shows nothing, whatever its box
+    assert float(box_loss(boxes, shown_objects(instances, 3))) == 0  # place 2 shows nothing, whatever its box
     boxes[0, 3, 0] += 0.4
-    assert float(box_loss(boxes, instances, 3)) == pytest.approx(0.1 / 3)
-    assert float(box_loss(boxes, torch.zeros_like(instances), 1)) == 0
+    assert float(box_loss(boxes, shown_objects(instances, 3))) == pytest.approx(0.1 / 3)
+    assert float(box_loss(boxes, shown_objects(torch.zeros_like(instances), 1))) == 0
+
+
+def test_sides_are_numbers() -> None:
+    """Without blur a side is one step; with it the next step is nearly right, and the codes of masks do not count."""
+    answers = AnswerCodes(levels=3, masks=5, bins=9)
+    torch.manual_seed(0)
+    logits, codes = torch.randn(2, 4, answers.vocabulary), torch.randint(5, 14, (2, 4))
+    scale = logits[..., 5:14]
+    plain = torch.nn.functional.cross_entropy(scale.flatten(0, 1), codes.flatten() - 5, reduction="none")
+    assert torch.allclose(side_loss(logits, codes, answers, 0.0).flatten(), plain, atol=1e-5)
+    sure = torch.full((1, 1, answers.vocabulary), -20.0)
+    sure[..., 9] = 0.0
+    near, far = (float(side_loss(sure, torch.tensor([[code]]), answers, 1.5)) for code in (10, 13))
+    assert float(side_loss(sure, torch.tensor([[9]]), answers, 1.5)) < near < far
 
 
 def test_heads_fit_their_places() -> None:

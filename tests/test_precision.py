@@ -29,6 +29,10 @@ def test_large_generators_are_bfloat16_where_that_pays(
     assert found == {"generator": torch.bfloat16, "tokenizer": torch.float32}
     assert formats(TextToImagePipeline.from_pretrained(dtype="auto")) == found
     assert formats(TextToImagePipeline.from_pretrained(dtype=torch.float32)) == plain
+    own = TextToImagePipeline.from_pretrained(dtype=torch.float32).generator
+    assert (
+        formats(TextToImagePipeline.from_pretrained(generator=own)) == plain
+    )  # the caller's own stays as it is
     monkeypatch.setattr(precision, "computes_bf16", lambda: False)
     assert formats(TextToImagePipeline.from_pretrained()) == plain
 

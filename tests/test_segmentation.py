@@ -377,15 +377,21 @@ def test_phrases_share_the_rows_of_their_picture(
         shared_logits(pipe.generator, features, words, answers)
 
 
-def test_words_point_at_the_places_that_name_them() -> None:
-    """The row of a word changes with what places say of this word and those before it, not of later ones."""
+def pointing(width: int, words: int) -> PictureCondition:
+    """A condition of 4 places whose features say a word by its number, and nothing where they are zeros."""
     torch.manual_seed(0)
-    condition = PictureCondition(4, 8, 6, 3, 16, factor=8, pointing=True)
+    condition = PictureCondition(4, 8, 6, words, width, factor=8, pointing=True)
     with torch.no_grad():
         condition.words.table.weight.copy_(torch.eye(6, 8) * 5)
         condition.name.weight.copy_(torch.eye(8))
         condition.name.bias.zero_()
-        condition.name_bias[0] = 9.0  # places show nothing unless they say so
+        condition.name_bias[0] = 9.0
+    return condition
+
+
+def test_words_point_at_the_places_that_name_them() -> None:
+    """The row of a word changes with what places say of this word and those before it, not of later ones."""
+    condition = pointing(16, 3)
     shown = torch.zeros(1, 4, 8)
     shown[0, 2, 3] = 9.0  # place 2 shows word 3
     assert condition.named(shown).argmax(-1)[0, 2] == 3
@@ -406,13 +412,8 @@ def test_words_point_at_the_places_that_name_them() -> None:
 
 def test_words_together_choose_the_places_that_are_seen() -> None:
     """ "green apple" sees the place that names both, and a word that no place names leaves the others to choose."""
-    torch.manual_seed(0)
-    condition = PictureCondition(4, 8, 6, 4, 4, factor=8, pointing=True)
+    condition = pointing(4, 4)
     with torch.no_grad():
-        condition.words.table.weight.copy_(torch.eye(6, 8) * 5)
-        condition.name.weight.copy_(torch.eye(8))
-        condition.name.bias.zero_()
-        condition.name_bias[0] = 9.0
         condition.point.weight.zero_()
         condition.see.weight.copy_(torch.eye(4))
         shown = torch.zeros(1, 4, 8)

@@ -86,7 +86,8 @@ class Pipeline(DiffusionPipeline):
 
         Returns:
             The pipeline. By "auto" weights are float32; but a generator of 25 million weights or more, which reads them from
-            memory at every step, is bfloat16 where the processor computes that (`tokenloom.precision`).
+            memory at every step, is bfloat16 where the processor computes that (`tokenloom.precision`). One that was given
+            by the caller stays as it is.
 
         Raises:
             TokenloomError: Unknown name, damaged file, or a model of a newer version.
@@ -122,7 +123,9 @@ class Pipeline(DiffusionPipeline):
                 f"The model folder {str(folder)!r} is not whole ({' '.join(str(error).split())}). Copy or download it again."
             ) from error
         for name, module in pipe.components.items():
-            if isinstance(module, nn.Module) and (dtypes or (name == "generator" and pays_in_bf16(module))):
+            if isinstance(module, nn.Module) and (
+                dtypes or (name == "generator" and name not in kwargs and pays_in_bf16(module))
+            ):
                 wanted = dtypes[0] if dtypes else torch.bfloat16
                 nn.Module.to(module, wanted)  # ModelMixin.to warns of an empty list of float32 modules
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))

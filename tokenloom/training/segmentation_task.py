@@ -37,7 +37,7 @@ from tokenloom.tokenizers.text import WordTokenizer
 from tokenloom.training.loop import Task
 from tokenloom.training.mask_losses import bce_loss, dice_loss, draw_levels, hierarchical_loss
 from tokenloom.training.phrase_rows import shared_logits
-from tokenloom.training.place_losses import PlaceHeads, box_loss, name_loss, outline_loss
+from tokenloom.training.place_losses import PlaceHeads, box_loss, name_loss, outline_loss, shown_objects
 from tokenloom.training.scenes import SceneSource, draw_seeds
 from tokenloom.training.segmentation_config import SegmentationConfig
 
@@ -240,11 +240,11 @@ class SegmentationTask(PhraseTask):
     def _places(self, said: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the losses of places, and its parts."""
         named, outline, boxes = said
-        instances, things = batch["instances"], batch["things"]
+        shown = shown_objects(batch["instances"], batch["things"].shape[1])
         logs = {
-            "names": name_loss(named, instances, things),
-            "outlines": outline_loss(outline, instances),
-            "sides": box_loss(boxes, instances, things.shape[1]),
+            "names": name_loss(named, shown, batch["things"]),
+            "outlines": outline_loss(outline, shown),
+            "sides": box_loss(boxes, shown),
         }
         return torch.stack(list(logs.values())).sum(), logs
 
